@@ -1,0 +1,168 @@
+"""Rules that span several fields of a pretraining configuration. All broken ones are told at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stepaudio_train.config.schema import DataConfig, PretrainConfig
+
+
+def pretrain_problems(config: PretrainConfig) -> list[str]:
+    """One line for each rule that `config` breaks in the world it is started in ($WORLD_SIZE processes)."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = _model_problems(config) + _engine_problems(config, world_size) + _batch_problems(config, world_size)
+    problems += _data_problems("data", config.data, config)
+    if config.validation is not None:
+        problems += _data_problems("validation", config.validation, config)
+    return problems + _training_problems(config)
+
+
+def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
+    """Model replicas; at least 1, whatever the layout asks for."""
+    return max(1, world_size // (config.engine.tensor_parallel * config.engine.pipeline_parallel))
+
+
+def _model_problems(config: PretrainConfig) -> list[str]:
+    model, total = config.model, config.vocabulary.total_size
+    problems = []
+    if model.vocab_size != total:
+        problems.append(
+            f"model.vocab_size={model.vocab_size}: the vocabulary's ranges add up to {total}; type "
+            f"model.vocab_size={total}, or another vocabulary= group"
+        )
+    if model.hidden_size % model.num_attention_heads:
+        problems.append(
+            f"model.num_attention_heads={model.num_attention_heads}: must divide model.hidden_size={model.hidden_size}"
+        )
+    if model.num_attention_heads % model.num_attention_groups:
+        problems.append(
+            f"model.num_attention_groups={model.num_attention_groups}: must divide "
+            f"model.num_attention_heads={model.num_attention_heads}"
+        )
+    if config.vocabulary.text_size < 324:
+        problems.append(
+            f"vocabulary.text_size={config.vocabulary.text_size}: special pieces and bytes alone take 324 ids"
+        )
+    return problems
+
+
+def _engine_problems(config: PretrainConfig, world_size: int) -> list[str]:
+    engine, model = config.engine, config.model
+    tp, pp, vp = engine.tensor_parallel, engine.pipeline_parallel, engine.virtual_pipeline
+    problems = [
+        f"engine.{name}={value}: must be at least 1"
+        for name, value in (("tensor_parallel", tp), ("pipeline_parallel", pp), ("virtual_pipeline", vp))
+        if value < 1
+    ]
+    if problems:
+        return problems
+    if engine.name == "local":
+        if tp * pp * vp > 1 or world_size > 1:
+            problems.append(
+                f"engine.name=local: is one process, got tensor_parallel={tp}, pipeline_parallel={pp}, "
+                f"virtual_pipeline={vp} and {world_size} process(es); type engine=megatron"
+            )
+        if engine.extra:
+            problems.append("engine.extra: the local engine takes none; type engine=megatron, or remove it")
+        return problems
+    if world_size % (tp * pp):
+        problems.append(
+            f"engine.tensor_parallel={tp} x engine.pipeline_parallel={pp} = {tp * pp}: must divide the number of "
+            f"processes, {world_size}; type --nproc {tp * pp}, or a multiple of it"
+        )
+    for name, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_attention_groups", model.num_attention_groups),
+        ("intermediate_size", model.intermediate_size),
+    ):
+        if value % tp:
+            problems.append(f"engine.tensor_parallel={tp}: must divide model.{name}={value}")
+    if model.num_hidden_layers % (pp * vp):
+        problems.append(
+            f"engine.pipeline_parallel={pp} x engine.virtual_pipeline={vp} = {pp * vp}: must divide "
+            f"model.num_hidden_layers={model.num_hidden_layers}"
+        )
+    if vp > 1 and pp == 1:
+        problems.append(f"engine.virtual_pipeline={vp}: needs engine.pipeline_parallel of at least 2")
+    return problems
+
+
+def _batch_problems(config: PretrainConfig, world_size: int) -> list[str]:
+    engine, training = config.engine, config.training
+    if min(engine.tensor_parallel, engine.pipeline_parallel) < 1:
+        return []
+    problems = []
+    dp = data_parallel_size(config, world_size)
+    streams, rows, micro = config.data.num_streams, training.global_batch_rows, training.micro_batch_rows
+    if streams % dp:
+        problems.append(
+            f"data.num_streams={streams}: must be a multiple of the data-parallel size, {dp}; type "
+            f"data.num_streams={-(-streams // dp) * dp}"
+        )
+    if rows % streams:
+        problems.append(
+            f"training.global_batch_rows={rows}: must be a multiple of data.num_streams={streams}; type "
+            f"training.global_batch_rows={-(-rows // streams) * streams}"
+        )
+    if rows % (dp * micro):
+        problems.append(
+            f"training.global_batch_rows={rows}: must be a multiple of data-parallel size {dp} x "
+            f"training.micro_batch_rows={micro}; type training.global_batch_rows={-(-rows // (dp * micro)) * dp * micro}"
+        )
+    elif engine.virtual_pipeline > 1 and (rows // dp // micro) % engine.pipeline_parallel:
+        problems.append(
+            f"training.micro_batch_rows={micro}: gives {rows // dp // micro} micro-batches a step, and the interleaved "
+            f"schedule needs a multiple of engine.pipeline_parallel={engine.pipeline_parallel}"
+        )
+    if engine.tensor_parallel > 1 and training.sequence_length % engine.tensor_parallel:
+        problems.append(
+            f"training.sequence_length={training.sequence_length}: sequence parallelism cuts it into "
+            f"engine.tensor_parallel={engine.tensor_parallel} equal parts"
+        )
+    return problems
+
+
+def _data_problems(key: str, data: DataConfig, config: PretrainConfig) -> list[str]:
+    if data.source == "synthetic":
+        return []
+    problems = []
+    if not any(entry.weight > 0 for entry in data.blend.values()):
+        problems.append(f"{key}.blend: no entry with a weight over 0")
+    for name, entry in data.blend.items():
+        if entry.weight < 0:
+            problems.append(f"{key}.blend.{name}.weight={entry.weight}: must not be negative")
+        elif entry.weight == 0:
+            continue
+        elif entry.task == "image":
+            problems.append(
+                f"{key}.blend.{name}: image data cannot be read yet; type {key}.blend.{name}.weight=0 to train "
+                "without it"
+            )
+        elif not Path(entry.path).is_dir():
+            problems.append(
+                f"{key}.blend.{name}.path={entry.path}: no such folder; `stepaudio tokenize` writes them, or type "
+                f"{key}.blend.{name}.weight=0"
+            )
+    tokenizer = config.vocabulary.text_tokenizer
+    if tokenizer is None:
+        problems.append("vocabulary.text_tokenizer: needed to encode text; type vocabulary.text_tokenizer=FILE.model")
+    elif not Path(tokenizer).is_file():
+        problems.append(f"vocabulary.text_tokenizer={tokenizer}: no such file")
+    return problems
+
+
+def _training_problems(config: PretrainConfig) -> list[str]:
+    training, optimizer = config.training, config.optimizer
+    problems = [
+        f"training.{name}={getattr(training, name)}: must be at least 1"
+        for name in ("max_steps", "sequence_length", "global_batch_rows", "micro_batch_rows", "keep_checkpoints")
+        if getattr(training, name) < 1
+    ]
+    if optimizer.warmup_steps >= training.max_steps:
+        problems.append(
+            f"optimizer.warmup_steps={optimizer.warmup_steps}: must be under training.max_steps={training.max_steps}"
+        )
+    if training.init_from is not None and not Path(training.init_from).is_dir():
+        problems.append(f"training.init_from={training.init_from}: no such folder")
+    return problems

@@ -1,0 +1,114 @@
+"""The contract every engine keeps: compute per-token outputs, wherever the model lives, and step the optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.data.batch import TokenBatch
+from stepaudio_train.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same numbers on every rank."""
+
+    loss: float
+    """Nats per token over the whole global batch, before the update."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    metrics: dict[str, tuple[float, float]]
+    """Name -> (sum, weight) over the global batch."""
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient of a step is not finite. Raised on every rank, before any weight is changed."""
+
+
+class Engine(ABC):
+    """A model, its optimizer and where they live.
+
+    Layouts change speed and memory, never results: same weights and batches give the same losses, but for rounding.
+    Weights go in and out by their Hugging Face names and shapes (models/step1/weight_map.py); the engine cuts and
+    joins them.
+    """
+
+    config: PretrainConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes logs."""
+        return self.rank == 0
+
+    @property
+    def is_replica_main(self) -> bool:
+        """True on one rank of each data-parallel replica: the one that writes the replica's loader state."""
+        return True
+
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, without padding."""
+
+    @abstractmethod
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all weights from Hugging Face names -> full tensors. `weights` may build each tensor when it is asked
+        for; an engine asks only for what its rank holds.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: a shape does not fit; the message names the tensor and both shapes.
+        """
+
+    @abstractmethod
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face name, full fp32 CPU tensor) in the map's order on rank 0. Every rank must iterate."""
+
+    @abstractmethod
+    def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
+        """Forward, backward and update on this data-parallel rank's micro-batches.
+
+        Raises:
+            NonFiniteError: on every rank, with the weights unchanged.
+        """
+
+    @abstractmethod
+    def evaluate(self, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, tuple[float, float]]:
+        """Metrics summed over this step's global batch, without gradients; the same on every rank."""
+
+    @abstractmethod
+    def save(self, directory: Path, background: bool = False) -> None:
+        """Write weights and optimizer state into an existing empty directory. Every rank must call it.
+
+        With `background`, where the engine supports it, writing goes on behind the training, and the directory is
+        complete once `finish_saving` has returned True."""
+
+    def finish_saving(self, wait: bool) -> bool:
+        """True, the same on every rank, when no background saving is in flight. Every rank must call it."""
+        return True
+
+    @abstractmethod
+    def load(self, directory: Path, optimizer: bool = True) -> None:
+        """Read what `save` wrote, at this or another layout. Without `optimizer`, the weights alone."""
+
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+    @abstractmethod
+    def any_rank(self, flag: bool) -> bool:
+        """True everywhere if `flag` is true on any rank."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave process groups, so that the program ends without warnings."""

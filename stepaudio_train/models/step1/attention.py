@@ -1,0 +1,125 @@
+"""Square-root ALiBi attention over packed documents: one function, three ways to compute it (paper 3.2).
+
+Scores get the bias -slope_h * sqrt(i - j) for j <= i within a document; every other pair is masked. Backends:
+
+- `reference`: scores written out, any dtype: what the others are tested against;
+- `dense`: scaled_dot_product_attention with the bias as a tensor: has a backward on CPU;
+- `flex`: FlexAttention with a block mask, so that tiles between documents are never computed: CUDA.
+
+Shapes: R rows, T tokens, S keys, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+Backend = Literal["reference", "dense", "flex"]
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Slopes of the heads, [H] float32, as released: 2^(-8k/n) for the n = 2^floor(log2 H) first heads, then the odd
+    members of the series for 2n."""
+    n = 2 ** math.floor(math.log2(num_heads))
+    first = [2.0 ** (-8.0 * k / n) for k in range(1, n + 1)]
+    rest = [2.0 ** (-4.0 * k / n) for k in range(1, 2 * (num_heads - n), 2)]
+    return torch.tensor(first + rest, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class AttentionBias:
+    """Bias and mask of one micro-batch, made once and used by every layer."""
+
+    backend: Backend
+    slopes: Tensor
+    """[H] float32."""
+    documents: Tensor
+    """[R, S] int: of the keys; the queries are the last T of them."""
+    dense: Tensor | None = None
+    """[R, H, T, S], `reference` and `dense`."""
+    block_mask: BlockMask | None = None
+    """`flex` only."""
+
+
+def build_attention_bias(
+    documents: Tensor,
+    slopes: Tensor,
+    dtype: torch.dtype,
+    backend: Backend | Literal["auto"] = "auto",
+    num_queries: int | None = None,
+) -> AttentionBias:
+    """Bias for queries that are the last `num_queries` of the S positions of `documents` [R, S] (all by default).
+
+    `auto` takes FlexAttention on CUDA for whole rows, and the dense bias elsewhere (FlexAttention has no backward on
+    CPU, and one new token needs no block mask).
+    """
+    num_keys = documents.shape[1]
+    num_queries = num_keys if num_queries is None else num_queries
+    if backend == "auto":
+        backend = "flex" if documents.is_cuda and num_queries == num_keys else "dense"
+    slopes = slopes.to(documents.device)
+    if backend == "flex":
+        if num_queries != num_keys:
+            raise ValueError("the flex backend takes whole rows; use backend='dense' with a key/value cache")
+        return AttentionBias(backend, slopes, documents, block_mask=_block_mask(documents))
+    keys = torch.arange(num_keys, device=documents.device)
+    distance = keys[num_keys - num_queries :, None] - keys[None]
+    root = distance.clamp(min=0).to(torch.float64 if dtype == torch.float64 else torch.float32).sqrt()
+    penalty = (-slopes[:, None, None] * root).to(dtype)
+    same = documents[:, num_keys - num_queries :, None] == documents[:, None, :]
+    visible = same & (distance >= 0)
+    dense = penalty.masked_fill(~visible[:, None], float("-inf"))
+    return AttentionBias(backend, slopes, documents, dense=dense)
+
+
+def sqrt_alibi_attention(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias) -> Tensor:
+    """Attention with scale D^-0.5. q [R, T, H, D], k and v [R, S, G, D] -> [R, T, H, D].
+
+    Query head h reads key/value head h // (H / G).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if bias.backend == "flex":
+        out = _flex(q, k, v, bias)
+    elif bias.backend == "dense":
+        out = scaled_dot_product_attention(q, k, v, attn_mask=bias.dense, enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        out = _reference(q, k, v, bias)
+    return out.transpose(1, 2)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias) -> Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias.dense
+    return scores.softmax(dim=-1) @ v
+
+
+def _block_mask(documents: Tensor) -> BlockMask:
+    rows, length = documents.shape
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (documents[row, query] == documents[row, key])
+
+    return create_block_mask(visible, rows, None, length, length, device=str(documents.device))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias) -> Tensor:
+    score = partial(_score, slopes=bias.slopes)
+    return _compiled_flex()(q, k, v, score_mod=score, block_mask=bias.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _score(value: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor, *, slopes: Tensor) -> Tensor:
+    # Clamped: masked pairs pass through here too, and sqrt of a negative would poison the backward.
+    return value - slopes[head] * (query - key).clamp(min=0).to(torch.float32).sqrt()
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,268 @@
+"""Step-1 on one device, in plain PyTorch, with the released parameter names (paper 3.2, released modeling_step1.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+
+from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.models.step1.attention import (
+    AttentionBias,
+    alibi_slopes,
+    build_attention_bias,
+    sqrt_alibi_attention,
+)
+
+RELEASED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_attention_groups",
+    "num_hidden_layers",
+    "vocab_size",
+    "max_seq_len",
+    "rms_norm_eps",
+)
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, layer by layer."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+
+    @property
+    def length(self) -> int:
+        """Cached positions."""
+        return 0 if self.keys[0] is None else self.keys[0].shape[1]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v [R, T, G, D] of `layer`; return all of that layer's."""
+        old_k, old_v = self.keys[layer], self.values[layer]
+        self.keys[layer] = k if old_k is None else torch.cat([old_k, k], dim=1)
+        self.values[layer] = v if old_v is None else torch.cat([old_v, v], dim=1)
+        return self.keys[layer], self.values[layer]  # type: ignore[return-value]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean of squares in float32 (in float64 for float64 inputs)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with the square-root ALiBi bias; no position embedding, no biases."""
+
+    def __init__(self, config: Step1Config, layer: int) -> None:
+        super().__init__()
+        h, kv = config.hidden_size, config.num_attention_groups * config.head_dim
+        self.head_dim, self.layer = config.head_dim, layer
+        self.q_proj = nn.Linear(h, h, bias=False)
+        self.k_proj = nn.Linear(h, kv, bias=False)
+        self.v_proj = nn.Linear(h, kv, bias=False)
+        self.o_proj = nn.Linear(h, h, bias=False)
+
+    def forward(self, x: Tensor, bias: AttentionBias, cache: KVCache | None) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.o_proj(sqrt_alibi_attention(q, k, v, bias).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Step1Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: Step1Config, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, bias: AttentionBias, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), bias, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Step1Model(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: Step1Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("slopes", alibi_slopes(config.num_attention_heads), persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None, recompute: bool = False
+    ) -> Tensor:
+        """Hidden states after the final norm, [R, T, hidden]. Arguments as in `Step1ForCausalLM.forward`."""
+        x = self.embed_tokens(input_ids)
+        if documents is None:
+            past = cache.length if cache is not None else 0
+            documents = torch.zeros(input_ids.shape[0], past + input_ids.shape[1], dtype=torch.int32, device=x.device)
+        # Under autocast the embedding stays fp32, but queries and keys do not; the bias has to match those.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        bias = build_attention_bias(documents, self.slopes, dtype, num_queries=input_ids.shape[1])
+        for layer in self.layers:
+            if recompute:
+                x = torch.utils.checkpoint.checkpoint(layer, x, bias, cache, use_reentrant=False)
+            else:
+                x = layer(x, bias, cache)
+        return self.norm(x)
+
+
+class Step1ForCausalLM(nn.Module):
+    """The language model; `lm_head` is not tied to the embedding, as in the released files."""
+
+    def __init__(self, config: Step1Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Step1Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config.num_hidden_layers)
+
+    def forward(self, input_ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Logits.
+
+        Args:
+            input_ids: [R, T] int64, the new tokens.
+            documents: [R, P + T] int, of the P cached and the T new positions: a token sees those of its own
+                document at or before it. Left padding is a document of its own, such as -1. None: one document a row.
+            cache: keys and values of earlier calls; extended in place.
+
+        Returns:
+            [R, T, vocab_size].
+        """
+        return self.lm_head(self.model(input_ids, documents, cache))
+
+    def log_probs(
+        self, input_ids: Tensor, targets: Tensor, documents: Tensor, wanted: Tensor, recompute: bool = False
+    ) -> Tensor:
+        """Log-probability of each target, [R, T] float32 (float64 for a float64 model); 0 where not `wanted`.
+
+        All arguments are [R, T]; `wanted` is bool. The head is computed for the wanted tokens alone.
+        """
+        hidden = self.model(input_ids, documents, recompute=recompute)
+        chosen = TargetLogProbs.apply(hidden[wanted], self.lm_head.weight, targets[wanted])
+        return torch.zeros(targets.shape, dtype=chosen.dtype, device=chosen.device).masked_scatter(wanted, chosen)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Step1ForCausalLM:
+        """Read config.json and *.safetensors of a Hugging Face directory; weights in float32, in eval mode.
+
+        Raises:
+            FileNotFoundError: no config.json there.
+            RuntimeError: tensors are missing or do not fit; PyTorch names them.
+        """
+        directory = Path(directory)
+        model = cls(read_released_config(directory))
+        weights: dict[str, Tensor] = {}
+        for shard in sorted(directory.glob("*.safetensors")):
+            weights.update(load_file(shard))
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_released_config(self.config, directory)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+class TargetLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], a slice of tokens at a time, never holding all the logits.
+
+    The gradient with respect to the logits is onehot - softmax; it is folded into gradients of `hidden` and `weight`
+    in the backward, which recomputes each slice.
+    """
+
+    CHUNK_TOKENS = 1024
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden [N, h], weight [V, h], targets [N] -> [N] float32."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        parts, norms = [], []
+        size = TargetLogProbs.CHUNK_TOKENS
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = _at_least_float32(linear(h, weight))
+            norm = logits.logsumexp(-1)
+            parts.append(logits.gather(1, t[:, None]).squeeze(1) - norm)
+            norms.append(norm)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        hidden, weight, targets, norms = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for start in range(0, hidden.shape[0], TargetLogProbs.CHUNK_TOKENS):
+            part = slice(start, start + TargetLogProbs.CHUNK_TOKENS)
+            h, g = hidden[part], grad[part, None]
+            d_logits = _at_least_float32(linear(h, weight)).sub_(norms[part, None]).exp_().mul_(-g)
+            d_logits.scatter_add_(1, targets[part, None], g)
+            d_logits = d_logits.to(weight.dtype)
+            grad_hidden[part] = d_logits @ weight
+            grad_weight += d_logits.T @ h
+        return grad_hidden, grad_weight, None
+
+
+def read_released_config(directory: Path) -> Step1Config:
+    """The model's sizes from a Hugging Face directory's config.json; other fields are not needed here."""
+    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return Step1Config(**{name: fields[name] for name in RELEASED_FIELDS})
+
+
+def write_released_config(config: Step1Config, directory: Path) -> None:
+    """config.json with the released fields. `tie_word_embeddings` is always written, since its absence is read as
+    true by some versions of transformers and vLLM, which then replace the head by the embedding."""
+    fields = {
+        "architectures": ["Step1ForCausalLM"],
+        "model_type": "step1",
+        **{name: getattr(config, name) for name in RELEASED_FIELDS},
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+        "eos_token_id": 3,
+        "tie_word_embeddings": False,
+    }
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

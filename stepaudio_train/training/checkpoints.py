@@ -1,0 +1,141 @@
+"""Checkpoints that are whole or absent: written beside, renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stepaudio_train.config.errors import UserError
+from stepaudio_train.data.loader import TrainLoader
+from stepaudio_train.engines.base import Engine
+
+log = logging.getLogger(__name__)
+
+_STATE_FILE = "state.json"
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written or read. Earlier ones are untouched."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands, besides weights, optimizer and data."""
+
+    step: int
+    tokens: int
+    """Tokens seen by the model, padding not counted."""
+    elapsed_s: float
+    engine: str
+
+
+class Checkpoints:
+    """`checkpoints/step_XXXXXXXX/{engine/, loader/, state.json}` of one run."""
+
+    def __init__(self, folder: Path, engine: Engine, loader: TrainLoader, keep: int) -> None:
+        self._folder, self._engine, self._loader, self._keep = folder, engine, loader, keep
+        self._pending: tuple[Path, TrainingState] | None = None
+
+    def save(self, state: TrainingState, background: bool = False) -> None:
+        """Write a checkpoint; every rank calls it.
+
+        Raises:
+            CheckpointError: the disk is full or a file could not be written.
+        """
+        self.settle(wait=True)
+        target = self._folder / f"step_{state.step:08d}"
+        if target.is_dir():
+            return
+        partial = target.with_suffix(".partial")
+        try:
+            if self._engine.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                _require_space(self._folder, self._engine.num_parameters())
+                (partial / "engine").mkdir(parents=True)
+                (partial / "loader").mkdir()
+            self._engine.barrier()
+            self._engine.save(partial / "engine", background)
+            if self._engine.is_replica_main:
+                self._loader.save(partial / "loader")
+            self._pending = (target, state)
+            self.settle(wait=not background)
+        except Exception as error:
+            self._pending = None
+            if self._engine.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            last = latest_checkpoint(self._folder)
+            raise CheckpointError(
+                f"{target}: could not be written ({error}). The last complete checkpoint is {last or 'none'}. Once "
+                "there is space, the same command goes on from there."
+            ) from error
+
+    def settle(self, wait: bool) -> None:
+        """Put a finished checkpoint in its place. Every rank calls it; with `wait`, it returns when none is open."""
+        if self._pending is None or not self._engine.finish_saving(wait):
+            return
+        self._engine.barrier()
+        target, state = self._pending
+        self._pending = None
+        if self._engine.is_main:
+            partial = target.with_suffix(".partial")
+            (partial / _STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+            partial.rename(target)
+            for old in _complete(self._folder)[: -self._keep]:
+                shutil.rmtree(old)
+            log.info("saved %s", target)
+        self._engine.barrier()
+
+    def resume(self) -> TrainingState | None:
+        """Load the newest complete checkpoint into engine and loader; None if there is none.
+
+        Raises:
+            CheckpointError: it was written by another engine.
+        """
+        newest = latest_checkpoint(self._folder)
+        if newest is None:
+            return None
+        state = read_state(newest)
+        require_same_engine(newest, state, self._engine.config.engine.name)
+        self._engine.load(newest / "engine")
+        self._loader.load(newest / "loader")
+        return state
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a run's `checkpoints/`."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    return TrainingState(**json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
+
+
+def require_same_engine(checkpoint: Path, state: TrainingState, engine: str) -> None:
+    """Checkpoints load at any layout of the engine that wrote them, not in another engine.
+
+    Raises:
+        CheckpointError: saying what to type.
+    """
+    if state.engine != engine:
+        raise CheckpointError(
+            f"{checkpoint}: was written by engine={state.engine}; type engine={state.engine}, or start another run "
+            f"from the weights with training.init_from=RUN_DIR, which reads RUN_DIR/export"
+        )
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".partial")
+
+
+def _require_space(folder: Path, num_parameters: int) -> None:
+    # fp32 weights and Adam's two moments, on the safe side of what any engine writes.
+    needed_bytes = 13 * num_parameters
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise OSError(f"disk full: about {needed_bytes / 2**30:.2f} GiB needed, {free_bytes / 2**30:.2f} GiB free")

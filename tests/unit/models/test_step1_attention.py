@@ -1,0 +1,48 @@
+"""Square-root ALiBi attention: slopes, bias, masks, backends."""
+
+import torch
+
+from stepaudio_train.models.step1.attention import alibi_slopes, build_attention_bias, sqrt_alibi_attention
+
+
+def make_qkv(rows=2, length=19, heads=6, groups=2, dim=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, length, h, dim) for h in (heads, groups, groups)]
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def test_slopes_of_the_released_sizes():
+    assert torch.allclose(alibi_slopes(48)[:2], torch.tensor([0.8409, 0.7071]), atol=1e-4)
+    assert torch.allclose(alibi_slopes(48)[[31, 32, 47]], torch.tensor([0.00390625, 0.9170, 0.06816]), atol=1e-4)
+    assert torch.allclose(alibi_slopes(96)[[0, 63, 64, 95]], torch.tensor([0.9170, 0.00390625, 0.9576, 0.06527]), atol=1e-4)
+
+
+def test_bias_is_minus_slope_times_root_of_distance():
+    bias = build_attention_bias(torch.zeros(1, 5, dtype=torch.int32), torch.tensor([0.5]), torch.float64).dense
+    assert bias[0, 0, 4, 0].item() == -1.0
+    assert bias[0, 0, 3, 3].item() == 0.0
+    assert bias[0, 0, 0, 1].item() == float("-inf")
+
+
+def test_dense_equals_reference_forward_and_backward():
+    documents = torch.tensor([[0] * 7 + [1] * 12, [0] * 18 + [1]], dtype=torch.int32)
+    results = []
+    for backend in ("reference", "dense"):
+        q, k, v = make_qkv()
+        bias = build_attention_bias(documents, alibi_slopes(6), torch.float64, backend)
+        out = sqrt_alibi_attention(q, k, v, bias)
+        out.pow(2).sum().backward()
+        results.append((out, q.grad, k.grad, v.grad))
+    for ours, reference in zip(results[1], results[0], strict=True):
+        assert torch.allclose(ours, reference, atol=1e-12)
+
+
+def test_packed_documents_equal_documents_alone():
+    q, k, v = make_qkv(rows=1)
+    documents = torch.tensor([[0] * 5 + [1] * 9 + [2] * 5], dtype=torch.int32)
+    slopes = alibi_slopes(6)
+    packed = sqrt_alibi_attention(q, k, v, build_attention_bias(documents, slopes, q.dtype))
+    for part in (slice(0, 5), slice(5, 14), slice(14, 19)):
+        bias = build_attention_bias(documents[:, part] * 0, slopes, q.dtype)
+        alone = sqrt_alibi_attention(q[:, part], k[:, part], v[:, part], bias)
+        assert torch.allclose(packed[:, part], alone, atol=1e-12)
