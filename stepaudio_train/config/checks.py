@@ -11,11 +11,16 @@ from stepaudio_train.config.schema import DataConfig, PretrainConfig
 def pretrain_problems(config: PretrainConfig) -> list[str]:
     """One line for each rule that `config` breaks in the world it is started in ($WORLD_SIZE processes)."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = _model_problems(config) + _engine_problems(config, world_size) + _batch_problems(config, world_size)
+    problems = layout_problems(config, world_size)
     problems += _data_problems("data", config.data, config)
     if config.validation is not None:
         problems += _data_problems("validation", config.validation, config)
     return problems + _training_problems(config)
+
+
+def layout_problems(config: PretrainConfig, world_size: int) -> list[str]:
+    """The rules of model, engine and batch alone, over `world_size` processes: no file is looked at."""
+    return _model_problems(config) + _engine_problems(config, world_size) + _batch_problems(config, world_size)
 
 
 def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
@@ -153,16 +158,12 @@ def _data_problems(key: str, data: DataConfig, config: PretrainConfig) -> list[s
 
 
 def _training_problems(config: PretrainConfig) -> list[str]:
-    training, optimizer = config.training, config.optimizer
+    training = config.training
     problems = [
         f"training.{name}={getattr(training, name)}: must be at least 1"
         for name in ("max_steps", "sequence_length", "global_batch_rows", "micro_batch_rows", "keep_checkpoints")
         if getattr(training, name) < 1
     ]
-    if optimizer.warmup_steps >= training.max_steps:
-        problems.append(
-            f"optimizer.warmup_steps={optimizer.warmup_steps}: must be under training.max_steps={training.max_steps}"
-        )
     if training.init_from is not None and not Path(training.init_from).is_dir():
         problems.append(f"training.init_from={training.init_from}: no such folder")
     return problems
