@@ -1,8 +1,8 @@
 """Pretraining: next-token prediction on packed text and speech tokens (paper 4).
 
-    stepaudio run pretrain experiment=debug                                  # made-up tokens, one process, seconds
-    stepaudio run pretrain experiment=debug engine=megatron engine.tensor_parallel=2 --nproc 2
-    stepaudio run pretrain experiment=pretrain_130b_stage1 run_dir=RUN       # see launch/ for many nodes
+stepaudio run pretrain experiment=debug                                  # made-up tokens, one process, seconds
+stepaudio run pretrain experiment=debug engine=megatron engine.tensor_parallel=2 --nproc 2
+stepaudio run pretrain experiment=pretrain_130b_stage1 run_dir=RUN       # see launch/ for many nodes
 """
 
 import logging
@@ -32,11 +32,12 @@ def main(config: PretrainConfig) -> None:
     vocabulary = Vocabulary.from_config(config.vocabulary)
     training, replica = config.training, (engine.data_parallel_rank, engine.data_parallel_size)
     rows = (training.sequence_length, training.global_batch_rows)
-    loader = build_train_loader(config.data, vocabulary, *rows, training.seed, *replica)
+    tokenizer = config.vocabulary.text_tokenizer
+    loader = build_train_loader(config.data, vocabulary, *rows, training.seed, *replica, tokenizer)
     validation = []
     if config.validation is not None:
         validation = build_validation_batches(
-            config.validation, vocabulary, *rows, training.eval_batches, training.seed, *replica
+            config.validation, vocabulary, *rows, training.eval_batches, training.seed, *replica, tokenizer
         )
     try:
         finished = fit(config, engine, loader, LanguageModelling(vocabulary), run, validation)

@@ -48,3 +48,101 @@ class SemanticConfig:
     """Codes; at most the vocabulary's semantic_size."""
     max_positions: int = 1500
     """Tokens of the longest piece encoded at once: 1500 are 60 s; longer recordings are cut into pieces of 30 s."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of the training features, so that codes follow the words and not the recording."""
+
+    __pydantic_config__ = _STRICT
+
+    speed: float = 0.1
+    """Clips are played between 1 - speed and 1 + speed times as fast."""
+    vocal_tract: float = 0.06
+    """The mel axis is stretched by up to this share, as another vocal tract would."""
+    equaliser_nats: float = 0.3
+    """Standard deviation of a smooth random gain over the mel bins."""
+    noise_probability: float = 0.3
+    noise_floor_nats: tuple[float, float] = (8.0, 16.0)
+    """Noise power under the clip's loudest bin, drawn between these."""
+    time_masks: int = 1
+    time_mask_frames: int = 6
+    """Longest time mask, in frames of 10 ms."""
+    mel_masks: int = 1
+    mel_mask_bins: int = 8
+    """Widest mel mask."""
+
+
+@dataclass(frozen=True)
+class EncoderTrainConfig:
+    """Training of one encoder."""
+
+    __pydantic_config__ = _STRICT
+
+    steps: int = 1000
+    batch_s: float = 8.0
+    """Seconds of audio per step."""
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+
+
+@dataclass(frozen=True)
+class SemanticLossConfig:
+    """What the semantic codes are made to keep, beside the CTC loss of weight 1."""
+
+    __pydantic_config__ = _STRICT
+
+    spectrum: float = 1.0
+    """Weight of the log-mel error (mean absolute, in Whisper's normalised units)."""
+    commitment: float = 0.25
+    """Weight of the squared distance between encoder frames and their codes."""
+    unquantised_share: float = 0.3
+    """Share of the steps before the codes start."""
+    code_decay: float = 0.98
+    """Share of a code's running average that a step keeps."""
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """A run that trains the text tokenizer and both speech tokenizers on one corpus."""
+
+    __pydantic_config__ = _STRICT
+
+    run_dir: str = "runs/tokenizer"
+    corpus: str = "corpora/prepared"
+    """Output folder of `stepaudio prepare`; every recording with a transcript is used."""
+    train_split: str = "train"
+    held_out_split: str = "validation"
+    """Where error rates are measured. Nothing is learned from it."""
+    text_size: int = 512
+    """Ids of the text tokenizer: 324 special and byte ids, then learned pieces."""
+    linguistic: LinguisticConfig = field(default_factory=LinguisticConfig)
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    linguistic_training: EncoderTrainConfig = field(default_factory=EncoderTrainConfig)
+    semantic_training: EncoderTrainConfig = field(default_factory=EncoderTrainConfig)
+    semantic_losses: SemanticLossConfig = field(default_factory=SemanticLossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+
+def tokenizer_problems(config: TokenizerTrainConfig) -> list[str]:
+    """What is wrong with a configuration, a line each."""
+    problems = []
+    sizes = {"linguistic": (config.linguistic, 1024), "semantic": (config.semantic, 4096)}
+    for name, (encoder, most_codes) in sizes.items():
+        multiple = 2 * encoder.num_heads
+        if encoder.hidden_size % multiple:
+            problems.append(
+                f"{name}.hidden_size={encoder.hidden_size}: must be a multiple of twice {name}.num_heads="
+                f"{encoder.num_heads}; type {name}.hidden_size={-(-encoder.hidden_size // multiple) * multiple}"
+            )
+        if not 2 <= encoder.codebook_size <= most_codes:
+            problems.append(f"{name}.codebook_size={encoder.codebook_size}: must be 2 to {most_codes}")
+    trainings = {"linguistic_training": config.linguistic_training, "semantic_training": config.semantic_training}
+    for name, training in trainings.items():
+        if training.steps < 1 or training.batch_s <= 0:
+            problems.append(f"{name}: steps must be at least 1, batch_s over 0")
+    if config.text_size <= 324:
+        problems.append(f"text_size={config.text_size}: 324 ids are special pieces and bytes; type text_size=512")
+    return problems

@@ -35,18 +35,24 @@ def build_train_loader(
     seed: int,
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
+    text_tokenizer: str | Path | None = None,
 ) -> TrainLoader:
-    """The training data of `config`.
+    """The training data of `config`. All ranks of one data-parallel rank build the same loader and get the same.
 
     Args:
         rows_per_step: rows of the global batch, over all data-parallel ranks. Rank r gets the r-th equal run of rows.
+        text_tokenizer: SentencePiece file; token shards hold text as text.
 
     Raises:
         ConfigError: everything that does not fit, at once.
     """
-    return SyntheticLoader(
-        config, vocabulary, sequence_length, rows_per_step, seed, data_parallel_rank, data_parallel_size
-    )
+    layout = (sequence_length, rows_per_step, seed, data_parallel_rank, data_parallel_size)
+    if config.source == "synthetic":
+        return SyntheticLoader(config, vocabulary, *layout)
+    # Megatron-Energon takes seconds to import, and made-up data does without.
+    from stepaudio_train.data.shard_loader import ShardLoader
+
+    return ShardLoader(config, vocabulary, *layout, _path(text_tokenizer))
 
 
 def build_validation_batches(
@@ -58,16 +64,28 @@ def build_validation_batches(
     seed: int,
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
+    text_tokenizer: str | Path | None = None,
 ) -> list[TokenBatch]:
     """Up to `num_batches` fixed batches of held-out data, this rank's rows of each; the last rows may be padding.
 
     Args:
         rows_per_step: rows of each global batch, over all data-parallel ranks.
+        seed: of made-up data. Held-out shards are read in their order.
+        text_tokenizer: SentencePiece file; token shards hold text as text.
 
     Raises:
         ConfigError: everything that does not fit, at once.
     """
-    loader = SyntheticLoader(
-        config, vocabulary, sequence_length, rows_per_step, seed, data_parallel_rank, data_parallel_size
+    replica = (data_parallel_rank, data_parallel_size)
+    if config.source == "synthetic":
+        loader = SyntheticLoader(config, vocabulary, sequence_length, rows_per_step, seed, *replica)
+        return loader.validation_batches(num_batches)
+    from stepaudio_train.data.shard_loader import validation_batches
+
+    return validation_batches(
+        config, vocabulary, sequence_length, rows_per_step, num_batches, *replica, _path(text_tokenizer)
     )
-    return loader.validation_batches(num_batches)
+
+
+def _path(text_tokenizer: str | Path | None) -> Path | None:
+    return None if text_tokenizer is None else Path(text_tokenizer)

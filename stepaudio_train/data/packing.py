@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,30 +27,48 @@ class Document:
         return len(self.ids)
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Group items into bins of `capacity`: longest first, each into the fullest bin it fits in.
+def choose_row(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Which of the waiting documents share the next row: the first, and those others that leave the least room.
 
-    Returns indices into `lengths`, a list for each bin, bins in the order they were opened. Deterministic.
+    The best filling is found exactly (subset sums, kept as bits of integers), and among equally good ones the earliest
+    documents are taken. So no document waits longer than there are others before it, and rows are as good as full
+    whenever a few dozen documents wait.
 
-    Raises:
-        ValueError: an item is longer than a bin.
+    Args:
+        lengths: of the waiting documents, oldest first; the first must fit.
+        capacity: tokens of a row.
+
+    Returns:
+        Indices into `lengths`, ascending.
     """
-    bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[item]
-        if length > capacity:
-            raise ValueError(f"a document of {length} tokens does not fit a row of {capacity}")
-        place = bisect_left(open_bins, (length, -1))
-        if place < len(open_bins):
-            room, index = open_bins.pop(place)
-        else:
-            room, index = capacity, len(bins)
-            bins.append([])
-        bins[index].append(item)
-        if room > length:
-            insort(open_bins, (room - length, index))
-    return bins
+    room = capacity - lengths[0]
+    mask = (1 << (room + 1)) - 1
+    # Bit n of reachable[i]: some of the documents 1..i make up n tokens.
+    reachable = [1]
+    for length in lengths[1:]:
+        sums = reachable[-1]
+        reachable.append(sums | (sums << length) & mask if length <= room else sums)
+        if reachable[-1] >> room:
+            break
+    filled = reachable[-1].bit_length() - 1
+    chosen = []
+    for index in range(len(reachable) - 1, 0, -1):
+        if not reachable[index - 1] >> filled & 1:
+            chosen.append(index)
+            filled -= lengths[index]
+    return [0, *reversed(chosen)]
+
+
+def choose_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows for a finite set of documents, as indices into `lengths`; the last rows hold what was left."""
+    waiting = list(range(len(lengths)))
+    rows = []
+    while waiting:
+        chosen = choose_row([lengths[i] for i in waiting], capacity)
+        rows.append([waiting[i] for i in chosen])
+        taken = set(chosen)
+        waiting = [item for i, item in enumerate(waiting) if i not in taken]
+    return rows
 
 
 def pack_rows(rows: Sequence[Sequence[Document]], sequence_length: int) -> TokenBatch:

@@ -72,7 +72,7 @@ class SyntheticLoader:
         """Continue where the loader stood that wrote `directory`, at any data-parallel size."""
         state = json.loads((directory / "synthetic.json").read_text(encoding="utf-8"))
         if state["seed"] != self._seed:
-            raise ConfigError([f"training.seed: {self._seed}, but the checkpoint's data order has seed {state['seed']}"])
+            raise ConfigError([f"training.seed={self._seed}: the checkpoint's data order has seed {state['seed']}"])
         self._step = state["step"]
 
     def close(self) -> None:
@@ -129,17 +129,21 @@ def documents_per_row(sequence_length: int) -> int:
 def _check(vocabulary: Vocabulary, sequence_length: int, rows_per_step: int, data_parallel_size: int) -> None:
     problems = []
     if sequence_length < _MIN_DOCUMENT_TOKENS:
-        problems.append(f"training.sequence_length: {sequence_length}, made-up data needs {_MIN_DOCUMENT_TOKENS} or more")
+        problems.append(
+            f"training.sequence_length={sequence_length}: made-up data needs at least {_MIN_DOCUMENT_TOKENS}; type "
+            f"training.sequence_length={2 * _MIN_DOCUMENT_TOKENS * DOCUMENTS_PER_ROW}"
+        )
     for name, size, least in (
         ("text_size", vocabulary.text_size, FIRST_BYTE_ID + NUM_WORDS),
         ("linguistic_size", vocabulary.linguistic_size, 2 * NUM_WORDS),
         ("semantic_size", vocabulary.semantic_size, 3 * NUM_WORDS),
     ):
         if size < least:
-            problems.append(f"vocabulary.{name}: {size}, made-up data needs {least} or more")
+            problems.append(f"vocabulary.{name}={size}: made-up data needs at least {least}")
     if rows_per_step % data_parallel_size:
         problems.append(
-            f"training.global_batch_rows: {rows_per_step} is no multiple of the data-parallel size {data_parallel_size}"
+            f"training.global_batch_rows={rows_per_step}: must be a multiple of the data-parallel size, "
+            f"{data_parallel_size}"
         )
     if problems:
         raise ConfigError(problems)

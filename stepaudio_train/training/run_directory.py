@@ -19,7 +19,6 @@ _FREE_TO_CHANGE = (
     "engine",
     "logging",
     "validation",
-    "data.num_workers",
     "training.max_steps",
     "training.micro_batch_rows",
     "training.log_every",

@@ -1,11 +1,13 @@
 """Step-1 out of Megatron-Core's parts: tensor- and sequence-parallel layers, one pipeline stage at a time.
 
-Shapes: T tokens a row (cut by tensor parallelism where sequence parallelism is on), R rows, h hidden size.
+Shapes: T tokens a row, R rows, h hidden size. Inside, hidden states are [T, R, h], with T cut over the tensor-parallel
+ranks where there are several (sequence parallelism).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from megatron.core import tensor_parallel
@@ -35,23 +37,24 @@ from stepaudio_train.models.step1.attention import (
     sqrt_alibi_attention,
 )
 from stepaudio_train.models.step1.vocab_parallel import target_log_probs
+from stepaudio_train.models.step1.weight_map import vocab_rows
 
 
 class BiasCache:
     """Attention biases of the micro-batches in flight, so that each is built once and not once a layer.
 
-    Megatron hands every layer the micro-batch's document numbers in place of an attention mask: a tensor is all that
-    survives its activation checkpointing. They are recognised by the memory they lie in, which cannot be reused while
-    the cache holds on to them.
+    Megatron hands every layer the micro-batch's document numbers in place of an attention mask, since a tensor is all
+    that survives its activation checkpointing. A tensor is recognised by the memory it lies in, which cannot be reused
+    while the cache holds on to it.
     """
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
-        self._entries: OrderedDict[tuple[int, torch.dtype], tuple[Tensor, AttentionBias]] = OrderedDict()
+        self._entries: OrderedDict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, AttentionBias]] = OrderedDict()
 
     def get(self, documents: Tensor, slopes: Tensor, dtype: torch.dtype) -> AttentionBias:
-        """Bias for `documents` [R, T] int32."""
-        key = (documents.data_ptr(), dtype)
+        """Bias for `documents` [R, T] int32 and `slopes` [heads of this rank]."""
+        key = (documents.data_ptr(), documents.shape, dtype)
         if key not in self._entries:
             if len(self._entries) == self._max_entries:
                 self._entries.popitem(last=False)
@@ -59,33 +62,159 @@ class BiasCache:
         return self._entries[key][1]
 
     def clear(self) -> None:
+        """Forget all; call it when the step's micro-batches are done."""
         self._entries.clear()
 
 
 class SqrtAlibiCoreAttention(MegatronModule):
     """Megatron's core attention: this rank's heads of the square-root ALiBi attention."""
 
+    slopes: Tensor
+
+    def __init__(
+        self, config: TransformerConfig, bias_cache: BiasCache, pg_collection: ProcessGroupCollection, **_: object
+    ) -> None:
+        super().__init__(config)
+        tp = pg_collection.tp
+        slopes = alibi_slopes(config.num_attention_heads).chunk(tp.size())[tp.rank()]
+        self.register_buffer("slopes", slopes, persistent=False)
+        self._bias_cache = bias_cache
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor, **_: object) -> Tensor:
+        """query [T, R, heads, D], key and value [T, R, groups, D], documents [R, T] -> [T, R, heads * D]."""
+        bias = self._bias_cache.get(documents, self.slopes, query.dtype)
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        return sqrt_alibi_attention(q, k, v, bias).transpose(0, 1).flatten(2)
+
+
+class SequenceParallelRMSNorm(nn.Module):
+    """x / rms(x) * weight. Megatron's own wrapper of torch's norm refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # With this mark Megatron sums the weight's gradient over the ranks that share the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class VocabParallelHead(tensor_parallel.ColumnParallelLinear):
+    """The LM head, fused with the log-probability of the targets: the whole logits never exist in fp32."""
+
+    def __init__(
+        self, config: TransformerConfig, model: Step1Config, padded_vocab: int, tp: torch.distributed.ProcessGroup
+    ):
+        super().__init__(
+            config.hidden_size, padded_vocab, config=config, init_method=config.init_method, bias=False, tp_group=tp
+        )
+        rows = vocab_rows(model, tp.rank(), tp.size(), padded_vocab)
+        self._first_row = rows.start
+        self._num_real_rows = min(rows.stop, model.vocab_size) - rows.start
+
+    def forward(self, hidden: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden [T, R, h], targets [R, T], wanted [R, T] bool -> log-probabilities [R, T] float32, 0 if unwanted."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        hidden, targets = hidden.flatten(0, 1), targets.t().flatten()
+        chosen = wanted.t().flatten().nonzero().squeeze(1)
+        if len(chosen) < len(targets):
+            hidden, targets = hidden.index_select(0, chosen), targets.index_select(0, chosen)
+        real = self.weight[: self._num_real_rows]
+        found = target_log_probs(hidden, real, targets, self._first_row, self.tp_group)
+        log_probs = found.new_zeros(wanted.numel()).index_copy(0, chosen, found)
+        return log_probs.view(wanted.shape[1], wanted.shape[0]).t()
+
+
+class Step1MegatronModel(LanguageModule):
+    """One pipeline stage: embedding (first stage), layers, head (last stage)."""
+
     def __init__(
         self,
         config: TransformerConfig,
+        model: Step1Config,
+        padded_vocab: int,
         bias_cache: BiasCache,
-        pg_collection: ProcessGroupCollection,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: object,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
     ) -> None:
         super().__init__(config)
-        slopes = alibi_slopes(config.num_attention_heads)
-        mine = slopes.chunk(pg_collection.tp.size())[pg_collection.tp.rank()]
-        self.register_buffer("slopes", mine.clone(), persistent=False)
-        # Megatron's modules keep floating buffers in the parameters' dtype; the slopes have to stay fp32.
-        self.slopes_fp32 = mine.clone()
-        self.bias_cache = bias_cache
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = False
+        self.model_type = ModelType.encoder_or_decoder
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, padded_vocab, model.max_seq_len, position_embedding_type="none", tp_group=self.tp_group
+            )
+        self.decoder = TransformerBlock(
+            config,
+            _block_spec(config, bias_cache, vp_stage, self.pp_group.rank()),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = VocabParallelHead(config, model, padded_vocab, self.tp_group)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+        _mark_shared_out(self)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor, **_: object) -> Tensor:
-        """query [T, R, heads, head_dim], key and value [T, R, groups, head_dim], documents [R, T] -> [T, R, width]."""
-        bias = self.bias_cache.get(documents, self.slopes_fp32, query.dtype)
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        return sqrt_alibi_attention(q, k, v, bias).transpose(0, 1).flatten(2)
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """What the pipeline schedule received from the stage before."""
+        self.decoder.set_input_tensor(input_tensor[0])
+
+    def forward(self, input_ids: Tensor, documents: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
+        """All arguments [R, T]. Log-probabilities of the targets [R, T] float32 on the last stage (0 where not
+        `wanted`), hidden states before it."""
+        hidden = self.embedding(input_ids, None) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=documents)
+        return self.output_layer(hidden, targets, wanted) if self.post_process else hidden
+
+
+def _mark_shared_out(model: nn.Module) -> None:
+    """Say which weights are cut over the tensor-parallel ranks: the gradient norm counts the others once. Megatron-Core
+    does so itself only where it draws initial values."""
+    cut_dims = {
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in model.modules():
+        for kind, dim in cut_dims.items():
+            if isinstance(module, kind):
+                tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
+def _block_spec(
+    config: TransformerConfig, bias_cache: BiasCache, vp_stage: int | None, pp_rank: int
+) -> TransformerBlockSubmodules:
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=SequenceParallelRMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=tensor_parallel.ColumnParallelLinear,
+                    core_attention=partial(SqrtAlibiCoreAttention, bias_cache=bias_cache),
+                    linear_proj=tensor_parallel.RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=SequenceParallelRMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=SequenceParallelRMSNorm)

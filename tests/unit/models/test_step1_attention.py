@@ -1,5 +1,6 @@
 """Square-root ALiBi attention: slopes, bias, masks, backends."""
 
+import pytest
 import torch
 
 from stepaudio_train.models.step1.attention import alibi_slopes, build_attention_bias, sqrt_alibi_attention
@@ -14,7 +15,9 @@ def make_qkv(rows=2, length=19, heads=6, groups=2, dim=8, dtype=torch.float64):
 def test_slopes_of_the_released_sizes():
     assert torch.allclose(alibi_slopes(48)[:2], torch.tensor([0.8409, 0.7071]), atol=1e-4)
     assert torch.allclose(alibi_slopes(48)[[31, 32, 47]], torch.tensor([0.00390625, 0.9170, 0.06816]), atol=1e-4)
-    assert torch.allclose(alibi_slopes(96)[[0, 63, 64, 95]], torch.tensor([0.9170, 0.00390625, 0.9576, 0.06527]), atol=1e-4)
+    assert torch.allclose(
+        alibi_slopes(96)[[0, 63, 64, 95]], torch.tensor([0.9170, 0.00390625, 0.9576, 0.06527]), atol=1e-4
+    )
 
 
 def test_bias_is_minus_slope_times_root_of_distance():
@@ -24,17 +27,28 @@ def test_bias_is_minus_slope_times_root_of_distance():
     assert bias[0, 0, 0, 1].item() == float("-inf")
 
 
-def test_dense_equals_reference_forward_and_backward():
+@pytest.mark.parametrize("backend", ["dense", "documents"])
+def test_backends_equal_reference_forward_and_backward(backend):
     documents = torch.tensor([[0] * 7 + [1] * 12, [0] * 18 + [1]], dtype=torch.int32)
     results = []
-    for backend in ("reference", "dense"):
+    for name in ("reference", backend):
         q, k, v = make_qkv()
-        bias = build_attention_bias(documents, alibi_slopes(6), torch.float64, backend)
+        bias = build_attention_bias(documents, alibi_slopes(6), torch.float64, name)
         out = sqrt_alibi_attention(q, k, v, bias)
         out.pow(2).sum().backward()
         results.append((out, q.grad, k.grad, v.grad))
     for ours, reference in zip(results[1], results[0], strict=True):
         assert torch.allclose(ours, reference, atol=1e-12)
+
+
+def test_packed_rows_on_a_cpu_go_document_by_document():
+    slopes = alibi_slopes(6)
+    packed = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]], dtype=torch.int32)
+    assert build_attention_bias(packed, slopes, torch.float32).lengths == (2, 2, 1, 2, 1)
+    # One document a row; numbers that come back, which are one document to the other backends; and a cache.
+    for documents in (packed * 0, packed.flip(1)):
+        assert build_attention_bias(documents, slopes, torch.float32).backend == "dense"
+    assert build_attention_bias(packed, slopes, torch.float32, num_queries=1).backend == "dense"
 
 
 def test_packed_documents_equal_documents_alone():

@@ -1,0 +1,211 @@
+"""Recordings in, a pretrained speech-text model and a report out, on two processes of one machine.
+
+    make quickstart                                                     # an espeak-ng corpus
+    make quickstart CORPUS=folder RUN=name                              # recordings of yours
+    stepaudio run quickstart corpus=folder run_dir=runs/name heldout_speaker=theo
+
+About ten minutes on two cores. Every part is a command that can be typed by itself (parts/*.json in the run directory
+hold them), and what stopped half-way goes on from there. Writes report.html and summary.json.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import soundfile
+import torch
+
+from stepaudio_train.commands.parts import Parts, exclusive
+from stepaudio_train.config.compose import load_config, run_recipe, to_mapping
+from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.quickstart import QuickstartConfig, quickstart_problems
+from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.data.files import write_atomically
+from stepaudio_train.data.records import Record, record_to_json, text_record
+from stepaudio_train.data.sources import find_recordings
+from stepaudio_train.data.token_shards import STATS_FILE, TokenStats
+from stepaudio_train.evaluation.report import QuickstartResults, write_quickstart_report
+from stepaudio_train.training.report import read_metrics
+
+HOME = "runs/quickstart"
+"""Where the stages' configurations look for data, and for each other."""
+STAGES = ("stage1", "stage2", "stage3")
+NUM_PROCESSES = 2
+ROW_TOKENS = (256, 512, 1024, 2048)
+"""Row lengths to choose from. What is longer than a row is not trained on."""
+TOKENS_PER_STEP = 2048
+RESERVE_S = 60.0
+"""Kept for evaluation and report when the length of stage 3 is decided on."""
+SPOKEN_TEXTS = 4
+MOST_JOINED = 4
+
+
+def main(config: QuickstartConfig) -> None:
+    run = Path(config.run_dir)
+    with exclusive(run):
+        parts = Parts(run, total=11 if config.corpus is None else 10)
+        try:
+            _run_all(config, run, parts)
+        except UserError as error:
+            sys.stderr.write(f"quickstart: {error}\n")
+            raise SystemExit(1) from None
+
+
+def _run_all(config: QuickstartConfig, run: Path, parts: Parts) -> None:
+    stepaudio = [sys.executable, "-m", "stepaudio_train.cli"]
+    source = _corpus(config, run, parts)
+    _data(config, run, parts, stepaudio, source)
+    _stages(config, run, parts, stepaudio)
+    folders = {"model_dir": "stage3/export", "tokens": "tokens", "output": "evaluation"}
+    settings = [f"{key}={_quoted(str(run / folder))}" for key, folder in folders.items()]
+    parts.run("evaluate", [*stepaudio, "run", "evaluate", *settings])
+    files = ["--records", str(_texts_to_speak(run)), "--output", f"{run}/samples/spoken.jsonl"]
+    parts.run("generate", [*stepaudio, "generate", f"{run}/stage3", "--task", "tts", "--temperature", "0.7", *files])
+    results = QuickstartResults.read(run, parts.seconds)
+    write_atomically(run / "summary.json", json.dumps(results.summary(), indent=1).encode())
+    report = write_quickstart_report(results)
+    sys.stdout.write(f"{results.headline()}\nreport: {report}\n")
+
+
+def _corpus(config: QuickstartConfig, run: Path, parts: Parts) -> Path:
+    """The recordings: given, or made."""
+    if config.corpus is not None:
+        return Path(config.corpus)
+    size = ["--minutes", f"{config.corpus_minutes:g}", "--seed", str(config.seed)]
+    parts.run("corpus", [sys.executable, "-m", "data_tools.make_corpus", f"{run}/corpus", *size])
+    return run / "corpus" / "manifest.jsonl"
+
+
+def _data(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str], source: Path) -> None:
+    """Shards of recordings, the tokenizers, shards of tokens."""
+    records = find_recordings(source).records
+    prepare = [*stepaudio, "prepare", str(source), f"{run}/prepared", "--join-max", str(_join_max(config, records))]
+    if config.speed_copies:
+        prepare += ["--speed-copies", ",".join(map(str, config.speed_copies))]
+    if config.heldout_speaker is not None:
+        prepare += ["--heldout-speaker", config.heldout_speaker]
+    parts.run("prepare", prepare, {"recordings": _fingerprint(records)})
+    texts, tokenizer = f"{run}/transcripts.txt", f"{run}/tokenizer"
+    parts.run("transcripts", [sys.executable, "-m", "data_tools.transcripts", f"{run}/prepared/train", texts])
+    encoders = ("linguistic_training", "semantic_training")
+    train = ["run", "tokenizer", f"corpus={_quoted(f'{run}/prepared')}", f"run_dir={_quoted(tokenizer)}"]
+    train.append(f"seed={config.seed}")
+    parts.run(
+        "tokenizers", [*stepaudio, *train, *(f"{encoder}.steps={config.tokenizer_steps}" for encoder in encoders)]
+    )
+    text_tokenizer = ["--text-tokenizer", f"{tokenizer}/text.model"]
+    speech_tokenizer = ["--speech-tokenizer", tokenizer]
+    tokenize = [*stepaudio, "tokenize"]
+    parts.run("tokenize", [*tokenize, f"{run}/prepared", f"{run}/tokens", *text_tokenizer, *speech_tokenizer])
+    parts.run("tokenize_text", [*tokenize, texts, f"{run}/tokens_text", *text_tokenizer])
+
+
+def _stages(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str]) -> None:
+    """The paper's three stages, each from the last one's weights."""
+    length = _row_tokens(TokenStats.read(run / "tokens" / "train" / STATS_FILE))
+    rows = max(NUM_PROCESSES, TOKENS_PER_STEP // length)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.device_count() >= NUM_PROCESSES else "cpu"
+    steps = {"stage1": config.stage1_steps, "stage2": config.stage2_steps}
+    for stage in STAGES:
+        if stage == "stage3":
+            steps[stage] = _stage3_steps(config, run, parts)
+        experiment = f"experiment=quickstart_{stage}"
+        config_of_stage = to_mapping(load_config("pretrain", PretrainConfig, [experiment]))
+        settings = [
+            experiment,
+            *_moved(config_of_stage, run),
+            f"engine.device={device}",
+            f"training.seed={config.seed}",
+            f"training.max_steps={steps[stage]}",
+            f"optimizer.warmup_steps={steps[stage] // 12}",
+            f"training.sequence_length={length}",
+            f"training.global_batch_rows={rows}",
+            f"training.micro_batch_rows={rows // 4 if stage == 'stage1' else rows // 2}",
+        ]
+        parts.run(stage, [*stepaudio, "run", "pretrain", *settings, "--nproc", str(NUM_PROCESSES)])
+
+
+def _moved(mapping: dict[str, Any], run: Path, prefix: str = "") -> list[str]:
+    """Overrides that turn every path under runs/quickstart into one under `run`."""
+    overrides = []
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            overrides += _moved(value, run, f"{prefix}{key}.")
+        elif isinstance(value, str) and value.startswith(f"{HOME}/"):
+            overrides.append(f"{prefix}{key}={_quoted(str(run / value.removeprefix(f'{HOME}/')))}")
+    return overrides
+
+
+def _quoted(text: str) -> str:
+    """`text` as a value in Hydra's grammar."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _stage3_steps(config: QuickstartConfig, run: Path, parts: Parts) -> int:
+    """As many as asked for, or as the minutes that are left allow; once decided, it stays so."""
+    decided = run / "stage3_steps.json"
+    if decided.is_file():
+        return int(json.loads(decided.read_text(encoding="utf-8")))
+    speeds = [line["tokens_per_s"] for line in read_metrics(run / "stage2" / "metrics.jsonl")]
+    left_s = config.minutes * 60 - sum(parts.seconds.values()) - RESERVE_S
+    affordable = int(left_s * sorted(speeds)[len(speeds) // 2] / TOKENS_PER_STEP)
+    steps = min(config.stage3_steps, max(affordable, config.stage3_steps // 4))
+    if steps < config.stage3_steps:
+        sys.stdout.write(
+            f"        this machine is slow: stage 3 gets {steps} steps instead of {config.stage3_steps}, to end within "
+            f"{config.minutes:g} minutes; type minutes=30 for a better model\n"
+        )
+    write_atomically(decided, json.dumps(steps).encode())
+    return steps
+
+
+def _join_max(config: QuickstartConfig, records: list[Record]) -> int:
+    if config.join_max is not None:
+        return config.join_max
+    durations = []
+    for record in records[:: max(1, len(records) // 200)]:
+        try:
+            durations.append(soundfile.info(record.audio_parts()[0].audio).duration)
+        except (OSError, soundfile.SoundFileError):
+            continue  # `stepaudio prepare` refuses it by name
+    mean_s = sum(durations) / len(durations) if durations else config.joined_s
+    return max(1, min(MOST_JOINED, round(config.joined_s / mean_s)))
+
+
+def _fingerprint(records: list[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        for part in record.audio_parts():
+            path = Path(part.audio)
+            version = (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else "missing"
+            digest.update(f"{record.id} {part.text} {version}\n".encode())
+    return f"{len(records)} recordings, {digest.hexdigest()[:16]}"
+
+
+def _row_tokens(stats: TokenStats) -> int:
+    """The shortest row that holds every sample, or samples four times as long as they are on average."""
+    task = stats.tasks["asr"]
+    needed = min(task.max_tokens, 4 * task.num_tokens / max(1, task.num_samples))
+    return next((length for length in ROW_TOKENS if length >= needed), ROW_TOKENS[-1])
+
+
+def _texts_to_speak(run: Path) -> Path:
+    """Write some different texts of held-out recordings as records, each with its text for a name."""
+    lines = (run / "evaluation" / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = list(dict.fromkeys(json.loads(line)["reference"] for line in lines))[:SPOKEN_TEXTS]
+    records = (json.dumps(record_to_json(text_record(text, text)), ensure_ascii=False) for text in texts)
+    path = run / "samples" / "texts.jsonl"
+    write_atomically(path, "".join(f"{record}\n" for record in records).encode())
+    return path
+
+
+if __name__ == "__main__":
+    run_recipe(main, QuickstartConfig, "quickstart", quickstart_problems)

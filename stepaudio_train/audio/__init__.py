@@ -1,0 +1,5 @@
+"""Waveforms: read, resample, level, features."""
+
+from stepaudio_train.audio.reading import AudioError, peak_normalise, read_audio, resample
+
+__all__ = ["AudioError", "peak_normalise", "read_audio", "resample"]

@@ -1,0 +1,243 @@
+"""The `stepaudio` command. Commands import what they need when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stepaudio_train.config.errors import UserError
+
+T = TypeVar("T")
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status. 2: what was asked for cannot be done, and the message says what can."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positionals behind options; Hydra overrides may stand anywhere.
+    if rest and not (hasattr(options, "overrides") and not any(word.startswith("-") for word in rest)):
+        options.parser.error(f"unknown: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    command: Command = options.command
+    try:
+        return command(options)
+    except (UserError, OSError) as error:
+        print(f"stepaudio {options.name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="stepaudio",
+        description="Train unified speech-text language models: recordings in, a pretrained model out.",
+        epilog="`stepaudio COMMAND --help` says what a command needs and gives an example.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_run, _add_prepare, _add_tokenize, _add_generate, _add_plan, _add_doctor):
+        add(commands)
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "run",
+        _run,
+        "run a recipe (a training stage), in one process or several",
+        needs="a recipe's name, and whatever its configuration asks for (`experiment=debug` asks for nothing).",
+        example="stepaudio run pretrain experiment=debug engine=megatron engine.tensor_parallel=2 --nproc 2",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a program in recipes/, such as pretrain or quickstart")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/RECIPE.yaml")
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine (default 1; one per GPU); several machines: see launch/",
+    )
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "prepare",
+        _prepare,
+        "recordings and transcripts to shards of 16 kHz FLAC",
+        needs="a folder of audio (a transcript beside each, listed in it, or in the files' names), or a manifest.",
+        example="stepaudio prepare recordings corpora/prepared --heldout-speaker theo",
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder of audio, or manifest (.jsonl, .tsv, .csv)")
+    add("output", type=Path, metavar="OUTPUT", help="folder to write, one sub-folder a split")
+    add("--test-percent", type=int, metavar="N", help="recordings kept for the test split (default 10)")
+    add("--validation-percent", type=int, metavar="N", help="the same for validation (default 10)")
+    add("--heldout-speaker", metavar="NAME", help="all of this speaker's recordings become a split of their own")
+    add("--min-duration-s", type=float, metavar="S", help="shorter recordings are refused (default 0.1)")
+    add("--max-duration-s", type=float, metavar="S", help="longer recordings are refused (default 60.0)")
+    add("--join-max", type=int, metavar="N", help="training also joins 2 to N recordings of a speaker (default 1)")
+    add("--speed-copies", type=_numbers, metavar="X,Y", help="training also gets copies at these speeds")
+    add("--allow-untranscribed", action="store_true", help="keep recordings without a transcript")
+    add("--num-workers", type=int, metavar="N", help="processes (default: by cores and amount of work)")
+
+
+def _add_tokenize(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "tokenize",
+        _tokenize,
+        "prepared recordings, or plain text, to shards of tokens",
+        needs="the output of `stepaudio prepare`, and the tokenizers that `stepaudio run tokenizer` trains.",
+        example="stepaudio tokenize corpora/prepared corpora/tokens --speech-tokenizer runs/tokenizer "
+        "--text-tokenizer runs/tokenizer/text.model",
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="prepared folder; or .txt, .jsonl with {'text': ...}, or a folder")
+    add("output", type=Path, metavar="OUTPUT", help="folder to write")
+    add("--text-tokenizer", type=Path, required=True, metavar="FILE", help="SentencePiece file")
+    add("--speech-tokenizer", type=Path, metavar="DIR", help="trained speech tokenizer; needed for recordings")
+    add("--batch-audio-s", type=float, metavar="S", help="seconds of audio encoded at once (default 120.0)")
+    add("--max-text-tokens", type=int, metavar="N", help="longer texts are divided (default 4096)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where the speech tokenizer runs (default auto)")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        _generate,
+        "ask a trained model: speech to text, text to speech tokens, continuations",
+        needs="a finished pretraining run, and for recordings the speech tokenizer it was trained with.",
+        example="stepaudio generate runs/pretrain --task asr --speech-tokenizer runs/tokenizer --audio hello.wav",
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="RUN", help="run directory, or its export/ folder")
+    add("--task", choices=("asr", "tts", "continuation", "text"), required=True, help="what to do with the prompts")
+    add("--audio", type=Path, nargs="+", metavar="FILE", help="recordings (asr, continuation)")
+    add("--text", nargs="+", metavar="TEXT", help="texts (tts, text)")
+    add("--records", type=Path, metavar="FILE", help="JSONL of records, each one recording or one text")
+    add("--speech-tokenizer", type=Path, metavar="DIR", help="needed for recordings")
+    add("--output", type=Path, metavar="FILE", help="JSONL to write (default: the terminal)")
+    add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens a prompt (default 256)")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default 0.0)")
+    add("--top-k", type=int, metavar="K", help="draw among the K most likely (default 0: all)")
+    add("--top-p", type=float, metavar="P", help="draw among those that make up P (default 1.0)")
+    add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        _plan,
+        "memory of a pretraining run on each rank, before it is started",
+        needs="nothing but a configuration: no GPU, no data.",
+        example="stepaudio plan model=step1_130b vocabulary=released engine=megatron engine.tensor_parallel=8 "
+        "engine.pipeline_parallel=8 --world-size 512 --memory-gib 80",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/pretrain.yaml"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks in all (default: one model replica)")
+    parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a device; says whether it fits")
+    parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the resolved configuration as YAML")
+    parser.add_argument("--parameters-json", type=Path, metavar="FILE", help="write every weight's name and shape")
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "check this machine and this installation",
+        needs="nothing.",
+        example="stepaudio doctor --run-dir /data/runs",
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs will be written (default runs)")
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, command: Command, summary: str, needs: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"needs: {needs}\nexample:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Defaults are the options' dataclass's; what is not typed is not there.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=command, name=name, parser=parser)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.run import run_recipe_command
+
+    return run_recipe_command(options.recipe, options.overrides, options.nproc)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from stepaudio_train.data.prepare import PrepareOptions, prepare
+
+    print(prepare(_typed(PrepareOptions, options)).summary(), end="")
+    return 0
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    from stepaudio_train.data.tokenize import TokenizeOptions, tokenize
+
+    for split, stats in tokenize(_typed(TokenizeOptions, options)).items():
+        hours, left_out = stats.duration_s / 3600, len(stats.refused)
+        print(f"{split or options.output}: {stats.num_samples} samples, {hours:.2f} h of audio, {left_out} left out")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.generate import GenerateOptions, run_generation
+
+    return run_generation(_typed(GenerateOptions, options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.plan import PlanOptions, show_plan
+
+    return show_plan(_typed(PlanOptions, options))
+
+
+def _typed(options_type: type[T], options: argparse.Namespace) -> T:
+    """The dataclass of a command's options out of what was typed."""
+    names = {field.name for field in fields(options_type)}  # type: ignore[arg-type]
+    typed: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
+        if name in names
+    }
+    return options_type(**typed)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split(","))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.doctor import examine
+
+    return examine(options.run_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the subcommands of `stepaudio` do; one module each, imported when its command runs."""

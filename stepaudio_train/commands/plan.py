@@ -1,0 +1,101 @@
+"""`stepaudio plan`: will it fit, and what to change if not."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from stepaudio_train.config.checks import layout_problems
+from stepaudio_train.config.compose import load_config, save_config
+from stepaudio_train.config.errors import ConfigError
+from stepaudio_train.config.schema import PretrainConfig
+
+if TYPE_CHECKING:
+    from stepaudio_train.training.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `stepaudio plan` is asked."""
+
+    overrides: Sequence[str] = ()
+    world_size: int | None = None
+    """Ranks in all; None: those of one model replica."""
+    memory_gib: float | None = None
+    """Memory of a device; None: not compared."""
+    write_config: Path | None = None
+    parameters_json: Path | None = None
+
+
+def show_plan(options: PlanOptions) -> int:
+    """Print the plan of `configs/pretrain.yaml` with overrides. Exit status 1: it does not fit `memory_gib`.
+
+    Raises:
+        ConfigError: the configuration or its layout is refused. Data folders are not looked at.
+    """
+    config = load_config("pretrain", PretrainConfig, options.overrides)
+    ranks = options.world_size or config.engine.tensor_parallel * config.engine.pipeline_parallel
+    problems = layout_problems(config, ranks)
+    if problems:
+        raise ConfigError(problems)
+    # Only now: they bring in torch, which takes seconds, and a refusal should take none.
+    from stepaudio_train.models.step1.weight_map import hf_shapes
+    from stepaudio_train.training.plan import plan_run, remedies
+
+    if options.write_config is not None:
+        save_config(config, options.write_config)
+    if options.parameters_json is not None:
+        shapes = {name: list(shape) for name, shape in hf_shapes(config.model).items()}
+        options.parameters_json.write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
+    console = Console()
+    plan = plan_run(config, ranks)
+    _show(console, plan)
+    if options.memory_gib is None:
+        return 0
+    memory_gib = options.memory_gib
+    if plan.peak <= memory_gib * 2**30:
+        console.print(f"It fits: {_gib(plan.peak)} of {memory_gib:g} GiB on the fullest rank.")
+        return 0
+    console.print(f"It does not fit: {_gib(plan.peak)} GiB on the fullest rank, {memory_gib:g} GiB there are.")
+    found = remedies(config, ranks, memory_gib * 2**30)
+    for remedy in found:
+        typed = " ".join(shlex.quote(override) for override in remedy.overrides)
+        console.print(f"It would ({_gib(remedy.peak)} GiB, {remedy.world_size} ranks) with: {typed}", soft_wrap=True)
+    if not found:
+        console.print("No layout of this model and row length fits; type a smaller training.sequence_length or model=.")
+    return 1
+
+
+def _show(console: Console, plan: RunPlan) -> None:
+    console.print(
+        f"{plan.parameters:,} parameters; {plan.world_size} ranks, {plan.data_parallel} model replica(s), "
+        f"{plan.micro_batches} micro-batch(es) a step on each",
+        soft_wrap=True,
+    )
+    columns = ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "runtime", "total")
+    table = Table(*columns, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in plan.stages:
+        sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.runtime, stage.total)
+        table.add_row(str(stage.stage), _count(stage.parameters), *(_gib(size) for size in sizes))
+    table.caption = "per rank, GiB; how each is counted: stepaudio_train/training/plan.py"
+    console.print(table)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.3f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
+
+
+def _gib(num_bytes: float) -> str:
+    value = num_bytes / 2**30
+    return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f}"

@@ -1,0 +1,235 @@
+"""Megatron-Core behind the engine contract: tensor, sequence, pipeline and data parallelism, on GPUs and on CPUs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.data.batch import TokenBatch
+from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
+from stepaudio_train.engines.megatron import weights as weight_exchange
+from stepaudio_train.engines.megatron.adamw import AdamW
+from stepaudio_train.engines.megatron.checkpoint import CheckpointIO
+from stepaudio_train.engines.megatron.cpu import redirect_cuda_to_cpu
+from stepaudio_train.engines.megatron.settings import ddp_config, transformer_config
+from stepaudio_train.engines.precision import choose_device, choose_dtype
+from stepaudio_train.models.step1.megatron_spec import BiasCache, Step1MegatronModel
+from stepaudio_train.models.step1.weight_map import num_parameters
+from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs
+
+
+class MegatronEngine(Engine):
+    """Joins the process group that torchrun's environment variables describe, and builds this rank's part."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.device = _own_device(config.engine.device)
+        self._dtype = choose_dtype(config.engine.precision, self.device)
+        self._owns_process_group = not dist.is_initialized()
+        if self._owns_process_group:
+            _join_process_group(self.device)
+        if self.device.type == "cpu":
+            redirect_cuda_to_cpu()
+        engine = config.engine
+        self._transformer = transformer_config(config, self.device, self._dtype)
+        parallel_state.initialize_model_parallel(
+            engine.tensor_parallel,
+            engine.pipeline_parallel,
+            engine.virtual_pipeline if engine.virtual_pipeline > 1 else None,
+        )
+        if self.device.type == "cuda":
+            tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+        self._is_first_of_replica = self.rank == min(
+            dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        )
+        # Micro-batches whose biases are needed again: those in flight in the pipeline.
+        self._bias_cache = BiasCache(2 * engine.pipeline_parallel * engine.virtual_pipeline)
+        self._padded_vocab = -(-config.model.vocab_size // engine.tensor_parallel) * engine.tensor_parallel
+        self._chunks = [self._build_chunk(i) for i in range(engine.virtual_pipeline)]
+        self._adamw = AdamW(config, self._chunks, self._dtype)
+        self._checkpoints = CheckpointIO(
+            self._chunks, self._adamw, config.model.vocab_size, on_cpu=self.device.type == "cpu"
+        )
+        self._transformer.finalize_model_grads_func = _finalize_gradients
+        if self._chunks[0].ddp_config.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self._chunks]
+            self._transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    @property
+    def is_replica_main(self) -> bool:
+        return self._is_first_of_replica
+
+    def num_parameters(self) -> int:
+        return num_parameters(self.config.model)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        weight_exchange.load(self._modules(), weights, self.config.model, self._padded_vocab)
+        self._adamw.megatron.reload_model_params()
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return weight_exchange.export(self._modules(), self.config.model, self.device)
+
+    def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
+        self._adamw.zero_grad()
+        names, totals = self._run(micro_batches, objective, forward_only=False)
+        norm_counts = self.config.engine.distributed_optimizer or self.data_parallel_rank == 0
+        squared_norm = self._adamw.squared_norm()
+        totals = torch.cat([totals, (squared_norm if norm_counts else torch.zeros_like(squared_norm)).view(1)])
+        dist.all_reduce(totals)
+        loss_sum, weight, *sums, squared_norm = totals.tolist()
+        loss = loss_sum / weight if weight else math.nan
+        # Micro-batches add up sums; the one division by the global weight comes here.
+        norm = math.sqrt(squared_norm) / weight if weight else math.nan
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(f"loss {loss}, gradient norm {norm}")
+        clip = self.config.optimizer.clip_grad_norm
+        self._adamw.step((min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0) / weight, learning_rate)
+        return StepResult(loss, norm, _by_name(names, sums))
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, tuple[float, float]]:
+        for chunk in self._chunks:
+            chunk.eval()
+        names, totals = self._run(micro_batches, objective, forward_only=True)
+        for chunk in self._chunks:
+            chunk.train()
+        dist.all_reduce(totals)
+        return _by_name(names, totals.tolist()[2:])
+
+    def save(self, directory: Path, background: bool = False) -> None:
+        self._checkpoints.save(directory, background)
+
+    def finish_saving(self, wait: bool) -> bool:
+        return self._checkpoints.finish(wait)
+
+    def load(self, directory: Path, optimizer: bool = True) -> None:
+        self._checkpoints.load(directory, optimizer)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def any_rank(self, flag: bool) -> bool:
+        answer = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return bool(answer)
+
+    def close(self) -> None:
+        self.finish_saving(wait=True)
+        parallel_state.destroy_model_parallel()
+        if self._owns_process_group:
+            dist.destroy_process_group()
+
+    def _modules(self) -> list[Step1MegatronModel]:
+        return [chunk.module for chunk in self._chunks]
+
+    def _build_chunk(self, index: int) -> DistributedDataParallel:
+        vp_stage = index if self.config.engine.virtual_pipeline > 1 else None
+        model = Step1MegatronModel(
+            self._transformer,
+            self.config.model,
+            self._padded_vocab,
+            self._bias_cache,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        ).to(self.device)
+        # Buckets are for overlapping the first chunk's reduction with its backward.
+        return DistributedDataParallel(
+            self._transformer, ddp_config(self.config, self.device), model, disable_bucketing=index > 0
+        )
+
+    def _run(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective, forward_only: bool
+    ) -> tuple[list[str], Tensor]:
+        """Forward (and backward) of all micro-batches through the pipeline.
+
+        Returns:
+            Metric names, and float64 [2 + 2 * metrics]: loss sum, weight sum, each metric's sum and weight. The vector
+            is zero but on one rank of each replica, so that adding it over all ranks counts every token once.
+        """
+        batches = [batch.to(self.device) for batch in micro_batches]
+        self._check_shapes(batches)
+        rows, length = batches[0].input_ids.shape
+        # All ranks need the names; an objective has the same ones for every batch, whatever the log-probabilities.
+        names = list(objective(TokenOutputs(torch.zeros_like(batches[0].loss_weights)), batches[0]).metrics)
+        iterators = [iter(batches) for _ in self._chunks]
+        try:
+            packed = get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, objective=objective),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+                num_microbatches=len(batches),
+                seq_length=length,
+                micro_batch_size=rows,
+                forward_only=forward_only,
+            )
+        finally:
+            self._bias_cache.clear()
+        if packed and parallel_state.get_tensor_model_parallel_rank() == 0:
+            return names, torch.stack(packed).sum(0)
+        return names, torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.device)
+
+    def _check_shapes(self, batches: Sequence[TokenBatch]) -> None:
+        shapes = [tuple(batch.input_ids.shape) for batch in batches]
+        if len(set(shapes)) != 1:
+            raise ValueError(f"a pipeline needs micro-batches of one shape, got {shapes}; drop or fill the last one")
+        stages = self.config.engine.pipeline_parallel
+        if self.config.engine.virtual_pipeline > 1 and len(batches) % stages:
+            raise ValueError(
+                f"the interleaved pipeline schedule needs a multiple of {stages} micro-batches, got {len(batches)}"
+            )
+
+
+def _forward_step(batches: Iterator[TokenBatch], chunk: DistributedDataParallel, objective: Objective) -> Any:
+    batch = next(batches)
+    output = chunk(batch.input_ids, batch.documents, batch.targets, batch.loss_weights != 0)
+    return output, partial(_loss, batch=batch, objective=objective)
+
+
+def _loss(log_probs: Tensor, batch: TokenBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    output = objective(TokenOutputs(log_probs), batch)
+    # The second value is Megatron's integer count of tokens, which it divides by unless it is zero.
+    return output.loss_sum, torch.zeros((), dtype=torch.int, device=log_probs.device), _pack(output)
+
+
+def _pack(output: ObjectiveOutput) -> Tensor:
+    heads = torch.stack([output.loss_sum.detach(), output.weight_sum])
+    return torch.cat([heads, *output.metrics.values()]).double()
+
+
+def _by_name(names: Sequence[str], sums: Sequence[float]) -> dict[str, tuple[float, float]]:
+    return dict(zip(names, zip(sums[::2], sums[1::2], strict=True), strict=True))
+
+
+def _finalize_gradients(chunks: list[DistributedDataParallel], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Add the gradients over data-parallel ranks, and what sequence parallelism cut. The engine scales them."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def _own_device(name: str) -> torch.device:
+    if name != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return choose_device(name)
+
+
+def _join_process_group(device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

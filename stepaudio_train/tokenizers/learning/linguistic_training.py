@@ -1,0 +1,138 @@
+"""Train a linguistic tokenizer: a SAN-M encoder by CTC on transcripts, then k-means over its frames."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stepaudio_train.config.tokenizer import AugmentConfig, EncoderTrainConfig, LinguisticConfig
+from stepaudio_train.tokenizers.dual import LINGUISTIC_PER_GROUP
+from stepaudio_train.tokenizers.learning.augment import corrupt, warp
+from stepaudio_train.tokenizers.learning.clustering import kmeans, perplexity
+from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, shuffled_batches, sorted_batches
+from stepaudio_train.tokenizers.learning.optimisation import Report, optimise, resolve_device
+from stepaudio_train.tokenizers.learning.probe import CodedClips, probe_word_error
+from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_loss, greedy, word_error_rate
+from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
+
+_KMEANS_ITERATIONS = 20
+_KMEANS_POINTS = 200_000
+_BATCH_S = 60.0
+"""Seconds per batch where no gradient is needed."""
+
+
+def train_linguistic(
+    config: LinguisticConfig,
+    training: EncoderTrainConfig,
+    augment: AugmentConfig,
+    train: ClipFeatures,
+    held_out: ClipFeatures,
+    seed: int,
+    device: str,
+    report: Report,
+) -> tuple[LinguisticTokenizer, dict[str, float]]:
+    """Train on fbank features (`LinguisticTokenizer.features`) and measure on `held_out`.
+
+    Returns:
+        The tokenizer, and metrics: `ctc_word_error` (percent, held out), `probe_word_error` (percent, held out, read
+        from the codes alone), `codes_used`, `perplexity` of the codes of the training clips.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    alphabet = Alphabet(train.texts)
+    place = resolve_device(device)
+    tokenizer = LinguisticTokenizer(config)
+    _set_cmvn(tokenizer, train)
+    head = nn.Linear(config.hidden_size, alphabet.labels_per_token * alphabet.num_labels)
+    tokenizer.to(place)
+    head.to(place)
+    labels = [alphabet.encode(text) for text in train.texts]
+    batches = shuffled_batches(train, training.batch_s, generator)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        indices = next(batches)
+        features, num_frames = warp(*train.stack(indices), augment, generator)
+        features = corrupt(features, num_frames, augment, generator)
+        logits, places = _recognise(tokenizer, head, alphabet, features.to(place), num_frames.to(place))
+        return {"loss": ctc_loss(logits, places, [labels[index] for index in indices])}
+
+    optimise([tokenizer.encoder, head], training, losses, report)
+    tokenizer.to("cpu").eval()
+    head.to("cpu")
+    with torch.inference_mode():
+        points = torch.cat([*_frames(tokenizer, train), *_frames(tokenizer, train, augment, generator)])
+        sample = points[torch.randperm(len(points), generator=generator)[:_KMEANS_POINTS]]
+        tokenizer.centroids.copy_(kmeans(sample, config.codebook_size, _KMEANS_ITERATIONS, generator))
+        coded = [_coded(tokenizer, data) for data in (train, held_out)]
+        readings = _read(tokenizer, head, held_out, alphabet)
+    codes = torch.cat(coded[0].codes)
+    return tokenizer, {
+        "ctc_word_error": word_error_rate(held_out.texts, readings),
+        "probe_word_error": probe_word_error(*coded, config.codebook_size, alphabet, generator),
+        "codes_used": len(codes.unique()),
+        "perplexity": perplexity(codes, config.codebook_size),
+    }
+
+
+def _set_cmvn(tokenizer: LinguisticTokenizer, data: ClipFeatures) -> None:
+    """Shift and scale every input of the encoder to mean 0 and deviation 1 over the training clips."""
+    total, squares, count = 0.0, 0.0, 0
+    for indices in sorted_batches(data, _BATCH_S):
+        stacked, counts = tokenizer.stack(*data.stack(indices))
+        # Stacked frames past a clip's end are zero and add nothing.
+        total = total + stacked.double().sum(dim=(0, 1))
+        squares = squares + stacked.double().square().sum(dim=(0, 1))
+        count += int(counts.sum())
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=1e-6).sqrt()
+    tokenizer.cmvn_shift.copy_(-mean)
+    tokenizer.cmvn_scale.copy_(1 / deviation)
+
+
+def _recognise(
+    tokenizer: LinguisticTokenizer, head: nn.Linear, alphabet: Alphabet, features: Tensor, num_frames: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, places, labels] and the places [B] of the frames that the dual codebook keeps.
+
+    What is dropped behind the last whole group must not be needed to tell the words."""
+    hidden, counts = tokenizer.encode_features(features, num_frames)
+    logits = head(hidden).unflatten(-1, (alphabet.labels_per_token, -1)).flatten(1, 2)
+    kept = counts // LINGUISTIC_PER_GROUP * LINGUISTIC_PER_GROUP
+    return logits, kept * alphabet.labels_per_token
+
+
+def _read(
+    tokenizer: LinguisticTokenizer,
+    head: nn.Linear,
+    data: ClipFeatures,
+    alphabet: Alphabet,
+) -> list[str]:
+    texts = [""] * len(data.texts)
+    for indices in sorted_batches(data, _BATCH_S):
+        readings = greedy(*_recognise(tokenizer, head, alphabet, *data.stack(indices)))
+        for index, labels in zip(indices, readings, strict=True):
+            texts[index] = alphabet.decode(labels)
+    return texts
+
+
+def _frames(
+    tokenizer: LinguisticTokenizer,
+    data: ClipFeatures,
+    augment: AugmentConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Encoder frames [T, D] of every clip, in the clips' order; with `augment`, of altered clips."""
+    frames: list[Tensor] = [torch.empty(0)] * len(data.texts)
+    for indices in sorted_batches(data, _BATCH_S):
+        features, num_frames = data.stack(indices)
+        if augment is not None and generator is not None:
+            features, num_frames = warp(features, num_frames, augment, generator)
+            features = corrupt(features, num_frames, augment, generator)
+        hidden, counts = tokenizer.encode_features(features, num_frames)
+        for index, row, count in zip(indices, hidden, counts.tolist(), strict=True):
+            frames[index] = row[:count].clone()
+    return frames
+
+
+def _coded(tokenizer: LinguisticTokenizer, data: ClipFeatures) -> CodedClips:
+    return CodedClips([tokenizer.quantise(frames) for frames in _frames(tokenizer, data)], data.texts)

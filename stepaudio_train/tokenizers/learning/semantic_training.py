@@ -1,0 +1,157 @@
+"""Train a semantic tokenizer: encoder and codes learn to keep what recognises the words and rebuilds the spectrum."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from stepaudio_train.audio.features import length_mask, normalise_log_mel
+from stepaudio_train.config.tokenizer import AugmentConfig, EncoderTrainConfig, SemanticConfig, SemanticLossConfig
+from stepaudio_train.tokenizers.dual import SEMANTIC_PER_GROUP
+from stepaudio_train.tokenizers.learning.augment import corrupt, warp
+from stepaudio_train.tokenizers.learning.clustering import perplexity
+from stepaudio_train.tokenizers.learning.codebook import CodebookLearner
+from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, shuffled_batches, sorted_batches
+from stepaudio_train.tokenizers.learning.optimisation import Report, optimise, resolve_device
+from stepaudio_train.tokenizers.learning.probe import CodedClips, probe_word_error
+from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_loss, greedy, word_error_rate
+from stepaudio_train.tokenizers.semantic import Block, SemanticTokenizer
+
+_NATS = math.log(10.0)
+_FRAMES_PER_TOKEN = 4
+_BATCH_S = 60.0
+"""Seconds per batch where no gradient is needed."""
+
+
+class Decoder(nn.Module):
+    """What gives the codes their meaning in training and is thrown away: characters and spectrum from quantised frames.
+
+    The clip's mean spectrum is given, so that codes need not say whose voice it is."""
+
+    def __init__(self, config: SemanticConfig, num_labels: int, labels_per_token: int) -> None:
+        super().__init__()
+        self.labels_per_token = labels_per_token
+        size = config.hidden_size
+        self.enter = nn.Linear(size, size)
+        self.block = Block(size, config.num_heads)
+        self.norm = nn.LayerNorm(size)
+        self.characters = nn.Linear(size, labels_per_token * num_labels)
+        self.voice = nn.Linear(config.num_mel_bins, size)
+        mel_values = _FRAMES_PER_TOKEN * config.num_mel_bins
+        self.spectrum = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, mel_values))
+
+    def forward(self, codes: Tensor, counts: Tensor, mean_mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantised frames [B, T, D], counts [B], mean_mel [B, M] -> logits [B, places, labels], mel [B, 4T, M]."""
+        # Codes have unit length; rescaled, each number is about 1.
+        x = self.enter(codes * math.sqrt(codes.shape[-1]))
+        x = self.norm(self.block(x, length_mask(counts, x.shape[1])))
+        logits = self.characters(x).unflatten(-1, (self.labels_per_token, -1)).flatten(1, 2)
+        mel = self.spectrum(x + self.voice(mean_mel)[:, None])
+        return logits, mel.unflatten(-1, (_FRAMES_PER_TOKEN, -1)).flatten(1, 2)
+
+
+def train_semantic(
+    config: SemanticConfig,
+    training: EncoderTrainConfig,
+    weights: SemanticLossConfig,
+    augment: AugmentConfig,
+    train: ClipFeatures,
+    held_out: ClipFeatures,
+    seed: int,
+    device: str,
+    report: Report,
+) -> tuple[SemanticTokenizer, dict[str, float]]:
+    """Train on log10 mel features (`SemanticTokenizer.features`) and measure on `held_out`.
+
+    The first part runs without quantisation; then the codes start from the frames seen last and move along.
+
+    Returns:
+        The tokenizer, and metrics: `ctc_word_error` (percent, held out, from the quantised frames),
+        `probe_word_error` (percent, held out, read from the codes alone), `codes_used`, `perplexity`.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    alphabet = Alphabet(train.texts)
+    place = resolve_device(device)
+    tokenizer = SemanticTokenizer(config).to(place)
+    decoder = Decoder(config, alphabet.num_labels, alphabet.labels_per_token).to(place)
+    learner = CodebookLearner(tokenizer.quantizer._codebook, weights.code_decay, generator)
+    labels = [alphabet.encode(text) for text in train.texts]
+    batches = shuffled_batches(train, training.batch_s, generator)
+    recent: deque[Tensor] = deque(maxlen=50)
+    first_quantised = round(training.steps * weights.unquantised_share)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        indices = next(batches)
+        altered = _altered(train.stack(indices), augment, generator)
+        features, num_frames, mel, mean_mel = (tensor.to(place) for tensor in altered)
+        hidden, counts = tokenizer.encode_features(features, num_frames)
+        frames = tokenizer.quantizer.normalise(hidden)
+        inside = length_mask(counts, frames.shape[1])
+        commitment = torch.zeros((), device=place)
+        if step < first_quantised:
+            recent.append(frames[inside].detach())
+            quantised = frames
+        else:
+            if step == first_quantised:
+                learner.start(torch.cat([*recent, frames[inside].detach()]))
+            ids = tokenizer.quantizer.encode(hidden)
+            codes = tokenizer.quantizer.codes[ids]
+            commitment = (frames - codes).square().sum(dim=-1)[inside].mean()
+            quantised = frames + (codes - frames).detach()
+            learner.update(frames[inside].detach(), ids[inside])
+        logits, spectrum = decoder(quantised, counts, mean_mel)
+        kept = counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * alphabet.labels_per_token
+        characters = ctc_loss(logits, kept, [labels[index] for index in indices])
+        error = (spectrum[:, : mel.shape[1]] - mel).abs().mean(dim=-1)[length_mask(num_frames, mel.shape[1])].mean()
+        loss = characters + weights.spectrum * error + weights.commitment * commitment
+        return {"loss": loss, "ctc": characters, "spectrum": error, "commitment": commitment}
+
+    optimise([tokenizer.encoder, decoder], training, losses, report)
+    tokenizer.to("cpu").eval()
+    decoder.to("cpu")
+    with torch.inference_mode():
+        coded = [_coded(tokenizer, data) for data in (train, held_out)]
+        readings = _read(tokenizer, decoder, coded[1], alphabet)
+    codes = torch.cat(coded[0].codes)
+    return tokenizer, {
+        "ctc_word_error": word_error_rate(held_out.texts, readings),
+        "probe_word_error": probe_word_error(*coded, config.codebook_size, alphabet, generator),
+        "codes_used": len(codes.unique()),
+        "perplexity": perplexity(codes, config.codebook_size),
+    }
+
+
+def _altered(
+    batch: tuple[Tensor, Tensor], augment: AugmentConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the encoder hears [B, T, M] (log10), frames [B], what the decoder rebuilds [B, T, M] and its mean [B, M].
+
+    Speed and vocal tract are changed for both; noise, masks and another microphone only for the encoder, so that the
+    codes leave them out."""
+    warped, num_frames = warp(*batch, augment, generator)
+    heard = corrupt(warped * _NATS, num_frames, augment, generator) / _NATS
+    mel = normalise_log_mel(warped, num_frames)
+    return heard, num_frames, mel, mel.sum(dim=1) / num_frames[:, None]
+
+
+def _coded(tokenizer: SemanticTokenizer, data: ClipFeatures) -> CodedClips:
+    codes: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * len(data.texts)
+    for indices in sorted_batches(data, _BATCH_S):
+        hidden, counts = tokenizer.encode_features(*data.stack(indices))
+        for index, row, count in zip(indices, tokenizer.quantizer.encode(hidden), counts.tolist(), strict=True):
+            codes[index] = row[:count].clone()
+    return CodedClips(codes, data.texts)
+
+
+def _read(tokenizer: SemanticTokenizer, decoder: Decoder, coded: CodedClips, alphabet: Alphabet) -> list[str]:
+    texts = []
+    for codes in coded.codes:
+        counts = torch.tensor([len(codes)])
+        logits, _ = decoder(tokenizer.quantizer.codes[codes][None], counts, torch.zeros(1, decoder.voice.in_features))
+        kept = counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * decoder.labels_per_token
+        texts.append(alphabet.decode(greedy(logits, kept)[0]))
+    return texts

@@ -1,0 +1,156 @@
+"""Semantic tokenizer: a Whisper-style encoder with vector quantisation at its end, 25 tokens/s (paper 3.1).
+
+Module and tensor names are those of the released tokenizer as s3tokenizer holds it, so that a released state dict fits
+a module of the released sizes. Shapes: B clips, F mel frames (10 ms), T tokens (40 ms), D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepaudio_train.audio.features import length_mask, log_mel, normalise_log_mel
+from stepaudio_train.config.tokenizer import SemanticConfig
+
+
+class Attention(nn.Module):
+    """Self-attention; keys have no bias."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] bool of the keys -> [B, T, D]."""
+        projected = (self.query(x), self.key(x), self.value(x))
+        heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in projected]
+        context = F.scaled_dot_product_attention(*heads, attn_mask=mask[:, None, None])
+        return self.out(context.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.attn_ln = nn.LayerNorm(hidden_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
+        )
+        self.mlp_ln = nn.LayerNorm(hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] bool -> [B, T, D]."""
+        x = x + self.attn(self.attn_ln(x), mask)
+        return x + self.mlp(self.mlp_ln(x))
+
+
+class WhisperEncoder(nn.Module):
+    """Two strided convolutions (100 -> 25 frames/s), then Transformer blocks. No norm at the end."""
+
+    positional_embedding: Tensor
+
+    def __init__(self, config: SemanticConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.conv1 = nn.Conv1d(config.num_mel_bins, size, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv1d(size, size, 3, stride=2, padding=1)
+        self.register_buffer("positional_embedding", _sinusoids(config.max_positions, size))
+        self.blocks = nn.ModuleList([Block(size, config.num_heads) for _ in range(config.num_blocks)])
+
+    def forward(self, mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised log-mel [B, F, mel bins] (zero past the end), frames [B] -> [B, T, D], tokens [B]."""
+        x = F.gelu(self.conv1(mel.transpose(1, 2)))
+        half = (num_frames + 1) // 2
+        x = F.gelu(self.conv2(x * length_mask(half, x.shape[2])[:, None])).transpose(1, 2)
+        counts = num_tokens(num_frames)
+        mask = length_mask(counts, x.shape[1])
+        x = x + self.positional_embedding[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask)
+        return x, counts
+
+
+class EuclideanCodebook(nn.Module):
+    """Codes as points; a vector is named by the nearest one."""
+
+    embed: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("embed", torch.zeros(size, dim))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[..., D] -> ids [...] int64; the lowest index among equals."""
+        return (x @ self.embed.T - self.embed.square().sum(1) / 2).argmax(dim=-1)
+
+
+class VectorQuantisation(nn.Module):
+    """L2-normalises, then looks up the codebook."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self._codebook = EuclideanCodebook(size, dim)
+
+    @property
+    def codes(self) -> Tensor:
+        """[codes, D]."""
+        return self._codebook.embed
+
+    @staticmethod
+    def normalise(hidden: Tensor) -> Tensor:
+        """[..., D] of unit length; what codes are compared with."""
+        return F.normalize(hidden.float(), dim=-1)
+
+    def encode(self, hidden: Tensor) -> Tensor:
+        """[..., D] encoder output -> ids [...] int64."""
+        return self._codebook.encode(self.normalise(hidden))
+
+
+class SemanticTokenizer(nn.Module):
+    """From 16 kHz samples to codes, 25 a second: ((frames + 1) // 2 + 1) // 2 for each clip."""
+
+    def __init__(self, config: SemanticConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = WhisperEncoder(config)
+        self.quantizer = VectorQuantisation(config.codebook_size, config.hidden_size)
+
+    def features(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N] samples -> log10 mel power [B, F, mel bins], not yet normalised, and frame counts [B]."""
+        return log_mel(waveforms, num_samples, self.config.num_mel_bins)
+
+    def encode_features(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Log10 mel power -> encoder output [B, T, D] before quantisation, and counts [B]."""
+        return self.encoder(normalise_log_mel(features, num_frames), num_frames)
+
+    @torch.inference_mode()
+    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [B, T] int64 and how many of them are the clip's own [B].
+
+        Args:
+            waveforms: [B, N] float32, 16 kHz, peak-normalised, zero-padded; num_samples: [B] int64, each over 200.
+        """
+        hidden, counts = self.encode_features(*self.features(waveforms, num_samples))
+        return self.quantizer.encode(hidden), counts
+
+
+def num_tokens(num_frames: Tensor) -> Tensor:
+    """Tokens that the two strided convolutions make of mel frames."""
+    return ((num_frames + 1) // 2 + 1) // 2
+
+
+def _sinusoids(length: int, channels: int) -> Tensor:
+    """[length, channels] position encoding; positions count from 0, sines fill the first half."""
+    half = channels // 2
+    rates = torch.exp(torch.arange(half) * (-math.log(10000.0) / (half - 1)))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

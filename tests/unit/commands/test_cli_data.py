@@ -1,0 +1,129 @@
+"""`stepaudio prepare`, `tokenize` and `generate`: what is typed arrives, and the help holds."""
+
+import argparse
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from stepaudio_train.cli import build_parser, main
+from stepaudio_train.commands.generate import GenerateOptions
+from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
+from stepaudio_train.data.prepare import PrepareOptions
+from stepaudio_train.data.tokenize import TokenizeOptions
+from stepaudio_train.models.step1.modeling import Step1ForCausalLM
+from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
+from stepaudio_train.tokenizers.semantic import SemanticTokenizer
+from stepaudio_train.tokenizers.speech import SpeechTokenizer
+from stepaudio_train.tokenizers.text import train_text_tokenizer
+
+TEXT_SIZE = 400
+
+
+def subparser(name: str) -> argparse.ArgumentParser:
+    choices = next(action.choices for action in build_parser()._actions if action.metavar == "COMMAND")
+    return choices[name]
+
+
+@pytest.mark.parametrize(
+    ("command", "options_type"),
+    [("prepare", PrepareOptions), ("tokenize", TokenizeOptions), ("generate", GenerateOptions)],
+)
+def test_options_are_the_dataclass_and_so_are_their_defaults(command: str, options_type: type):
+    actions = {action.dest: action for action in subparser(command)._actions if action.dest != "help"}
+    known = {field.name: field for field in fields(options_type)}
+    assert actions.keys() == known.keys()
+    for name, action in actions.items():
+        assert action.default is argparse.SUPPRESS
+        help_text = action.help or ""
+        if "(default " in help_text and not help_text.split("(default")[1].startswith(":"):
+            stated = help_text.split("(default ")[1].rstrip(")").split(":")[0]
+            assert stated == str(known[name].default), name
+        if known[name].default is MISSING:
+            assert action.required, name
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings of noise with transcripts, a text tokenizer, an untrained speech tokenizer and language model."""
+    root = tmp_path_factory.mktemp("generate")
+    noise = np.random.default_rng(0)
+    (root / "audio").mkdir()
+    for number, word in enumerate(["one", "two", "three", "four"] * 5):
+        samples = noise.normal(0, 0.1, 8000 + 400 * number)
+        soundfile.write(root / "audio" / f"{word}_{number}.wav", samples, 16000)
+    (root / "audio" / "one_broken.wav").write_bytes(b"RIFF no audio")
+    train_text_tokenizer(["one two", "three four"], TEXT_SIZE, root / "text.model")
+    SpeechTokenizer(LinguisticTokenizer(LinguisticConfig()), SemanticTokenizer(SemanticConfig())).save(root / "speech")
+    torch.manual_seed(0)
+    config = Step1Config(hidden_size=32, intermediate_size=48, vocab_size=TEXT_SIZE + 1024 + 4096 + 8)
+    Step1ForCausalLM(config).save_pretrained(root / "run" / "export")
+    (root / "run" / "export" / "tokenizer.model").write_bytes((root / "text.model").read_bytes())
+    return root
+
+
+def test_recordings_become_tokens(folders: Path, capsys: pytest.CaptureFixture[str]):
+    prepared, tokens = folders / "prepared", folders / "tokens"
+    assert main(["prepare", str(folders / "audio"), str(prepared), "--num-workers", "1", "--speed-copies", "0.9"]) == 0
+    output = capsys.readouterr().out
+    assert "1 refused" in output and "one_broken.wav" in output
+    tokenizers = ["--text-tokenizer", str(folders / "text.model"), "--speech-tokenizer", str(folders / "speech")]
+    assert main(["tokenize", str(prepared), str(tokens), *tokenizers]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    report = json.loads((prepared / "report.json").read_text())
+    assert counts == {split: count for split, count in report["samples"].items() if count}
+    assert sum(counts.values()) > 20  # with the slower copies
+
+
+def generate(folders: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict]:
+    assert main(["generate", str(folders / "run"), "--max-new-tokens", "8", *arguments]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_generation_from_recordings_texts_and_records(folders: Path, capsys: pytest.CaptureFixture[str]):
+    speech = ("--speech-tokenizer", str(folders / "speech"))
+    recordings = [str(folders / "audio" / name) for name in ("one_0.wav", "two_1.wav")]
+    heard = generate(folders, capsys, "--task", "asr", *speech, "--audio", *recordings)
+    assert [(line["id"], line["task"], type(line["text"])) for line in heard] == [
+        ("one_0", "asr", str),
+        ("two_1", "asr", str),
+    ]
+    part = {"type": "audio", "audio": "audio/one_0.wav"}
+    record = {"id": "r", "messages": [{"role": "human", "content": [part]}]}
+    (folders / "records.jsonl").write_text(json.dumps(record))
+    again = generate(folders, capsys, "--task", "asr", *speech, "--records", str(folders / "records.jsonl"))
+    assert again[0]["text"] == heard[0]["text"]
+    spoken = generate(folders, capsys, "--task", "tts", "--text", "one", "two", "--temperature", "1")
+    assert [line["id"] for line in spoken] == ["text 1", "text 2"] and "audio_tokens" in spoken[0]
+    # Few of the vocabulary's ids are text, so it takes many for a text.
+    drawn = ("--task", "text", "--text", "one", "--temperature", "1", "--max-new-tokens", "200", "--seed")
+    first, again, other = (generate(folders, capsys, *drawn, seed)[0]["text"] for seed in "334")
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "asr", "--audio", "x.wav"], "--speech-tokenizer DIR"),
+        (["--task", "asr", "--speech-tokenizer", "nosuch", "--text", "hi"], "text 1: asr takes a recording"),
+        (["--task", "tts"], "nothing to go on from"),
+        (["--task", "tts", "--text", "hi", "--top-p", "2"], "top_p=2.0"),
+        (["--task", "asr", "--audio", "missing.wav", "--speech-tokenizer", "{speech}"], "missing.wav"),
+        (["--task", "asr", "--audio", "missing.wav", "--speech-tokenizer", "nosuch"], "nosuch"),
+    ],
+)
+def test_what_cannot_be_done_is_said(folders: Path, capsys, arguments: list[str], message: str):
+    arguments = [argument.format(speech=folders / "speech") for argument in arguments]
+    assert main(["generate", str(folders / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", str(tmp_path), "--task", "tts", "--text", "hi"]) == 2
+    assert "config.json" in capsys.readouterr().err

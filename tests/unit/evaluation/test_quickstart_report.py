@@ -1,0 +1,77 @@
+"""summary.json and report.html of a quick start, from made-up results of its parts."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from stepaudio_train.config.compose import save_config
+from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.evaluation.report import STAGES, QuickstartResults, write_quickstart_report
+
+
+def write(path: Path, *rows: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def errors(percent: float) -> dict:
+    return {"percent": percent, "num_words": 40, "substitutions": 1, "deletions": 0, "insertions": 0}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for stage in STAGES:
+        losses = {"loss": 3.0, "loss/text": 2.0, "loss/semantic": 4.0, "loss/task/asr": 1.0, "grad_norm": 1.0}
+        speed = {"learning_rate": 1e-3, "tokens_per_s": 5000.0, "elapsed_s": 1.0}
+        write(tmp_path / stage / "metrics.jsonl", *({"step": n, "tokens": 100 * n} | losses | speed for n in (1, 2, 3)))
+        save_config(PretrainConfig(), tmp_path / stage / "config.yaml")
+    nats = {"text": 0.5, "linguistic": 1.5, "semantic": 2.5}
+    likelihood = {"model": nats, "unigram": {k: v + 2 for k, v in nats.items()}, "num_tokens": dict.fromkeys(nats, 9)}
+    asr = {"test": errors(2.5), "test_shuffled_audio": errors(97.5)}
+    write(tmp_path / "evaluation" / "evaluation.json", {"asr": asr, "likelihood": likelihood})
+    line = {"set": "test", "id": "a", "reference": "go <left>", "hypothesis": "go"}
+    write(tmp_path / "evaluation" / "transcripts.jsonl", line, line | {"id": "b", "hypothesis": "go <left>"})
+    heard = {"prompt_heard": "go", "heard": "go stop", "prompt_s": 0.6, "continuation_s": 0.24}
+    codes = {"linguistic": [1, 2, 3, 4], "semantic": [1, 2, 3, 4, 5, 6]}
+    write(tmp_path / "evaluation" / "continuations.jsonl", {"id": "a", "reference": "go"} | heard | codes)
+    write(tmp_path / "samples" / "spoken.jsonl", {"id": "text 1", "audio_tokens": "<audio_1>", "duration_s": 0.12})
+    prepared = {"samples": {"train": 5}, "hours": {"train": 0.5}, "speakers": {"train": ["theo"]}, "refused": []}
+    write(tmp_path / "prepared" / "report.json", prepared)
+    return tmp_path
+
+
+def test_summary_holds_what_is_promised(run):
+    summary = QuickstartResults.read(run, {"prepare": 30.0, "stage3": 90.0}).summary()
+    assert summary["minutes"] == 2.0
+    assert summary["minutes_per_part"] == {"prepare": 0.5, "stage3": 1.5}
+    assert summary["asr_wer"] == 2.5
+    assert summary["asr_wer_shuffled_audio"] == 97.5
+    assert summary["asr_wer_heldout_speaker"] is None
+    assert [summary[f"nll_{m}"] for m in ("text", "linguistic", "semantic")] == [0.5, 1.5, 2.5]
+    assert [summary[f"unigram_nll_{m}"] for m in ("text", "linguistic", "semantic")] == [2.5, 3.5, 4.5]
+    assert summary["tokens"] == 900
+    assert summary["tokens_per_stage"] == dict.fromkeys(STAGES, 300)
+    assert summary["tokens_per_s"] == dict.fromkeys(STAGES, 5000)
+
+
+def test_report_is_one_page_with_everything(run):
+    page = write_quickstart_report(QuickstartResults.read(run, {"prepare": 30.0})).read_text(encoding="utf-8")
+    for title in ("Speech recognition", "Held-out likelihood", "Three stages", "Continuations", "Data", "What ran"):
+        assert title in page
+    assert "go &lt;left&gt;" in page
+    assert "<left>" not in page
+    assert page.count("<svg") == 6
+    assert not re.search(r'(src|href)="https?:', page)
+
+
+def test_a_left_out_speaker_has_a_row_and_a_figure(run):
+    file = run / "evaluation" / "evaluation.json"
+    content = json.loads(file.read_text())
+    content["asr"]["heldout_speaker"] = errors(12.5)
+    file.write_text(json.dumps(content))
+    results = QuickstartResults.read(run, {"prepare": 30.0})
+    assert results.summary()["asr_wer_heldout_speaker"] == 12.5
+    assert "12.5% for the speaker left out" in results.headline()
+    assert "never heard in training" in write_quickstart_report(results).read_text(encoding="utf-8")
