@@ -46,8 +46,6 @@ ENGLISH = (
     "down",
     "on",
     "off",
-    "open",
-    "close",
 )
 MANDARIN = {
     "零": "ling2",
@@ -60,10 +58,6 @@ MANDARIN = {
     "七": "qi1",
     "八": "ba1",
     "九": "jiu3",
-    "前": "qian2",
-    "后": "hou4",
-    "左": "zuo3",
-    "右": "you4",
     "开": "kai1",
     "关": "guan1",
 }
@@ -73,25 +67,21 @@ SPEAKERS = (
     ("en", "en-us+m1"),
     ("en", "en-us+m3"),
     ("en", "en-us+f1"),
-    ("en", "en-us+linda"),
     ("en", "en+m2"),
-    ("en", "en+belinda"),
-    ("en", "en-us+m7"),
     ("en", "en-gb-x-rp+f4"),
     ("zh", "cmn-latn-pinyin+m1"),
     ("zh", "cmn-latn-pinyin+m4"),
     ("zh", "cmn-latn-pinyin+f1"),
-    ("zh", "cmn-latn-pinyin+f4"),
 )
 MANDARIN_SHARE = 0.3
-LENGTH_SHARES = (0.35, 0.3, 0.2, 0.15)
+LENGTH_SHARES = (0.45, 0.35, 0.2)
 """Of utterances of one word, two words, and so on. Short ones are many: a model learns words before sentences."""
 RATE_WPM = (105, 175)
 PITCH = (30, 70)
 """Of espeak's 0-99."""
-PAUSE_S = (0.08, 0.25)
+PAUSE_S = (0.05, 0.15)
 """Silence before and after the speech."""
-NOISE_DB = (-65.0, -40.0)
+NOISE_DB = (-70.0, -50.0)
 """Level of the noise under a recording, relative to full scale."""
 PEAK = (0.3, 0.9)
 

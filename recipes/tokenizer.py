@@ -137,11 +137,15 @@ def clips(config: TokenizerTrainConfig, split: str) -> Iterator[Clip]:
 
 
 def transcribed(shard: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Name, transcript and audio file of every transcribed recording in a tar."""
+    """Name, transcript and audio file of every transcribed recording in a tar.
+
+    Joined records are left out: their pieces are there by themselves, and CTC learns sooner from short clips."""
     for sample in read_shard(shard):
         where = f"{shard}: {sample.key}"
         try:
             record = parse_record(sample.members["json"], where)
+            if "pieces" in record.meta:
+                continue
             yield from ((where, part.text, sample.members[part.audio]) for part in record.audio_parts() if part.text)
         except KeyError as error:
             log.warning("left out: %s has no member %s", where, error)

@@ -111,9 +111,10 @@ def _batch_problems(config: PretrainConfig, world_size: int) -> list[str]:
             f"training.global_batch_rows={-(-rows // streams) * streams}"
         )
     if rows % (dp * micro):
+        fitting = -(-rows // (dp * micro)) * dp * micro
         problems.append(
             f"training.global_batch_rows={rows}: must be a multiple of data-parallel size {dp} x "
-            f"training.micro_batch_rows={micro}; type training.global_batch_rows={-(-rows // (dp * micro)) * dp * micro}"
+            f"training.micro_batch_rows={micro}; type training.global_batch_rows={fitting}"
         )
     elif engine.virtual_pipeline > 1 and (rows // dp // micro) % engine.pipeline_parallel:
         problems.append(

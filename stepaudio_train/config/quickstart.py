@@ -26,13 +26,13 @@ class QuickstartConfig:
     """Training also joins 2 to this many recordings of a speaker. None: as many as last about `joined_s`, at most 4."""
     joined_s: float = 2.5
     """No effect where join_max is given."""
-    speed_copies: tuple[float, ...] = (0.9, 1.1)
-    """Training also gets copies at these speeds."""
-    tokenizer_steps: int = 800
+    speed_copies: tuple[float, ...] = ()
+    """Training also gets copies at these speeds. They help a corpus of few minutes, and take time."""
+    tokenizer_steps: int = 1600
     """Of each speech encoder."""
     stage1_steps: int = 50
     stage2_steps: int = 50
-    stage3_steps: int = 700
+    stage3_steps: int = 900
     """The third stage is where the model learns to recognise and to speak."""
     minutes: float = 12.0
     """What all parts together may take. If the machine is too slow for that, stage 3 gets fewer steps."""

@@ -91,7 +91,7 @@ class BlendEntry:
     weight: float = 1.0
     """Share of the blend's tokens, relative to the other entries'. 0 leaves the entry out."""
     loss: Literal["all", "target"] = "all"
-    """all: every token teaches. target: only what follows the task's input (the transcript in ASR, the audio in TTS)."""
+    """all: every token teaches. target: only what follows the task's input: the transcript in ASR, the audio in TTS."""
 
 
 @dataclass(frozen=True)

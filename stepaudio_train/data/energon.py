@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,12 +61,13 @@ class CheckedEntry:
 
 
 class SkipLog:
-    """Counts what is left out, names the first few, and gives up when nothing else comes."""
+    """Counts what is left out, names the first few samples, and gives up when nothing else comes."""
 
     def __init__(self, patience: int) -> None:
         """Args: patience: samples left out in a row, after which there is no hope of a good one."""
         self.counts: Counter[str] = Counter()
-        """Reason -> samples left out in this process."""
+        """Reason -> times that a sample was left out in this process."""
+        self._named: dict[str, set[str]] = defaultdict(set)
         self._patience = patience
         self._in_a_row = 0
 
@@ -81,11 +82,12 @@ class SkipLog:
             FatalSampleError: no sample could be used for a long time.
         """
         self.counts[reason] += 1
-        count = self.counts[reason]
-        if count <= _NAMED_SKIPS:
+        named = self._named[reason]
+        if len(named) < _NAMED_SKIPS and sample not in named:
+            named.add(sample)
             log.log(level, "left out (%s): %s: %s", reason, sample, detail)
-        elif count % 1000 == 0:
-            log.log(level, "left out (%s): %d samples so far, the last one %s", reason, count, sample)
+        elif self.counts[reason] % 10_000 == 0:
+            log.log(level, "left out (%s): %d times so far, the last one %s", reason, self.counts[reason], sample)
         self._in_a_row += 1
         if self._in_a_row > self._patience:
             raise FatalSampleError(f"no usable sample among the last {self._in_a_row}; the last is {sample}: {detail}")
@@ -227,10 +229,9 @@ def build_stream(
     stream: int,
     num_streams: int,
     num_workers: int,
-) -> tuple[SavableDataLoader[RowSample], SkipLog]:
-    """The loader of one stream's rows, and what it leaves out."""
-    # Twice through a small corpus finds its good samples, if there are any; a large one is not searched to its end.
-    skips = SkipLog(patience=min(100_000, 1000 + 2 * sum(sum(e.shard_counts.values()) for e in entries)))
+    skips: SkipLog,
+) -> SavableDataLoader[RowSample]:
+    """The loader of one stream's rows."""
     make = _RowMaker(renderer, sequence_length, skips)
     workers = WorkerConfig(
         rank=stream,
@@ -257,4 +258,4 @@ def build_stream(
     loader.pin_memory = False
     # Its own, so that starting a stream does not draw from the training's generator.
     loader.generator = torch.Generator()
-    return loader, skips
+    return loader

@@ -61,14 +61,16 @@ class ShardLoader:
         self._rows_per_stream = rows_per_step // config.num_streams
         self._loaders: dict[int, SavableDataLoader[RowSample]] = {}
         self._iterators: dict[int, Iterator[RowSample]] = {}
-        self._skips: dict[int, SkipLog] = {}
+        # Twice through a small corpus finds its good samples, if there are any; a large one is not searched to its end.
+        num_samples = sum(sum(e.shard_counts.values()) for e in self._entries)
+        self._skips = SkipLog(patience=min(100_000, 1000 + 2 * num_samples))
         for stream in self._streams:
             self._open(stream)
 
     @property
     def num_skipped(self) -> Counter[str]:
-        """Reason -> samples left out so far by this process (not by its worker processes)."""
-        return sum((skips.counts for skips in self._skips.values()), Counter())
+        """Reason -> times that a sample was left out so far by this process (not by its worker processes)."""
+        return self._skips.counts
 
     def next_batch(self) -> TokenBatch:
         """This data-parallel rank's rows of the next global batch."""
@@ -106,7 +108,7 @@ class ShardLoader:
 
     def _open(self, stream: int) -> None:
         config = self._config
-        self._loaders[stream], self._skips[stream] = build_stream(
+        self._loaders[stream] = build_stream(
             self._entries,
             self._renderer,
             self._sequence_length,
@@ -115,6 +117,7 @@ class ShardLoader:
             stream,
             config.num_streams,
             config.num_workers,
+            self._skips,
         )
         self._iterators.pop(stream, None)
 

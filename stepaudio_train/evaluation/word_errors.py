@@ -30,7 +30,7 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).lower()
     text = _IDEOGRAPH.sub(r" \1 ", text)
     # Apostrophes and hyphens inside a word belong to it.
-    text = re.sub(r"(?<!\w)['’-]|['’-](?!\w)|[^\w\s'’-]|_", " ", text)  # noqa: RUF001
+    text = re.sub(r"(?<!\w)['’-]|['’-](?!\w)|[^\w\s'’-]|_", " ", text)
     return " ".join(text.split())
 
 

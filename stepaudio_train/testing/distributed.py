@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import multiprocessing
 import os
 import pickle
@@ -30,7 +29,7 @@ class RankFailed(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 120.0, preload: Sequence[str] = ()
+    function: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 300.0, preload: Sequence[str] = ()
 ) -> list[T]:
     """Call `function(*args)` in `world_size` fresh processes; the results in rank order.
 
@@ -48,7 +47,7 @@ def run_distributed(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     port = _free_port()
-    target = (function.__module__, inspect.getfile(function), function.__qualname__)
+    target = (function.__module__, function.__code__.co_filename, function.__qualname__)
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     for rank in range(world_size):

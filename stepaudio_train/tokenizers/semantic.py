@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from stepaudio_train.audio.features import length_mask, log_mel, normalise_log_mel
 from stepaudio_train.config.tokenizer import SemanticConfig
 
+_INITIAL_GAIN = 3.0
+
 
 class Attention(nn.Module):
     """Self-attention; keys have no bias."""
@@ -63,6 +65,10 @@ class WhisperEncoder(nn.Module):
         size = config.hidden_size
         self.conv1 = nn.Conv1d(config.num_mel_bins, size, 3, stride=2, padding=1)
         self.conv2 = nn.Conv1d(size, size, 3, stride=2, padding=1)
+        # With torch's own initial weights, what comes out is a tenth as large as the position encoding, and training is
+        # slow to look beyond that: word errors after 500 steps on spoken digits were 22%, and 2.5% with this.
+        for convolution in (self.conv1, self.conv2):
+            convolution.weight.data.mul_(_INITIAL_GAIN)
         self.register_buffer("positional_embedding", _sinusoids(config.max_positions, size))
         self.blocks = nn.ModuleList([Block(size, config.num_heads) for _ in range(config.num_blocks)])
 

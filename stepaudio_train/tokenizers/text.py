@@ -9,6 +9,7 @@ of a text only, never behind a control piece. Small tokenizers have the released
 from __future__ import annotations
 
 import io
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -157,11 +158,16 @@ def _with_released_layout(learned: sentencepiece_file.ModelProto, text_size: int
     for value in range(FIRST_PIECE_ID - FIRST_BYTE_ID):
         proto.pieces.add(piece=f"<0x{value:02X}>", score=0.0, type=_KINDS.BYTE)
     for piece in learned.pieces:
-        if piece.type == _KINDS.NORMAL:
+        # In a vocabulary this small, runs of characters of scripts written without spaces are too rare to be learned.
+        if piece.type == _KINDS.NORMAL and sum(map(_is_ideograph, piece.piece)) < 2:
             proto.pieces.add(piece=piece.piece, score=piece.score, type=_KINDS.NORMAL)
     for index in range(text_size - len(proto.pieces)):
         proto.pieces.add(piece=f"<unused_{index}>", score=0.0, type=_KINDS.USER_DEFINED)
     return proto
+
+
+def _is_ideograph(character: str) -> bool:
+    return unicodedata.category(character) == "Lo" and unicodedata.east_asian_width(character) == "W"
 
 
 def special_pieces() -> list[tuple[str, int]]:

@@ -51,12 +51,7 @@ class Checkpoints:
             return
         partial = target.with_suffix(".partial")
         try:
-            if self._engine.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                _require_space(self._folder, self._engine.num_parameters())
-                (partial / "engine").mkdir(parents=True)
-                (partial / "loader").mkdir()
-            self._engine.barrier()
+            self._make_room(partial)
             self._engine.save(partial / "engine", background)
             if self._engine.is_replica_main:
                 self._loader.save(partial / "loader")
@@ -71,6 +66,20 @@ class Checkpoints:
                 f"{target}: could not be written ({error}). The last complete checkpoint is {last or 'none'}. Once "
                 "there is space, the same command goes on from there."
             ) from error
+
+    def _make_room(self, partial: Path) -> None:
+        """An empty folder to write into, made by the main rank; if it cannot, every rank raises."""
+        problem: OSError | None = None
+        if self._engine.is_main:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                _require_space(self._folder, self._engine.num_parameters())
+                (partial / "engine").mkdir(parents=True)
+                (partial / "loader").mkdir()
+            except OSError as error:
+                problem = error
+        if self._engine.any_rank(problem is not None):
+            raise problem or OSError("the main rank could not make room for it")
 
     def settle(self, wait: bool) -> None:
         """Put a finished checkpoint in its place. Every rank calls it; with `wait`, it returns when none is open."""

@@ -148,9 +148,7 @@ class _Meter:
             "elapsed_s": self._elapsed_s,
         }
         if self._peak is not None:
-            flops = training_flops(
-                self._config.model, num_tokens, sum_of_squared_lengths(batch.documents) * replicas
-            )
+            flops = training_flops(self._config.model, num_tokens, sum_of_squared_lengths(batch.documents) * replicas)
             metrics["mfu"] = flops / duration_s / (self._peak * self._engine.world_size)
         return metrics | _means(result.metrics)
 

@@ -83,7 +83,7 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         self._files: dict[str, Path] = {}
         for shard in sorted(directory.glob("*.safetensors")):
             with safe_open(shard, "pt") as opened:
-                self._files |= {name: shard for name in opened.keys()}  # noqa: SIM118 - not a dict
+                self._files |= dict.fromkeys(opened.keys(), shard)
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as opened:

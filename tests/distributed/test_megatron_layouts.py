@@ -57,6 +57,8 @@ LAYOUTS_2 = {
     "dp2 plain optimizer": ({"distributed_optimizer": False}, 4),
     "dp2 micro-batch of 1": ({}, 1),
     "tp2 recompute full": ({"tensor_parallel": 2, "recompute": "full"}, 4),
+    # The head is as much work as three of the layers.
+    "pp2 cut unevenly": ({"pipeline_parallel": 2, "extra": {"num_layers_in_first_pipeline_stage": 3}}, 4),
     "pp2 recompute selective": ({"pipeline_parallel": 2, "recompute": "selective"}, 4),
 }
 LAYOUTS_4 = {
@@ -77,7 +79,7 @@ def reference():
 
 @pytest.mark.parametrize("world_size, layouts", [(1, LAYOUTS_1), (2, LAYOUTS_2), (4, LAYOUTS_4)], ids=["1", "2", "4"])
 def test_layouts_give_the_local_engines_trajectory(reference, world_size, layouts):
-    results = run_distributed(_run_layouts, world_size, layouts, timeout_s=300, preload=PRELOAD)
+    results = run_distributed(_run_layouts, world_size, layouts, preload=PRELOAD)
     for rank, by_name in enumerate(results):
         assert list(by_name) == list(layouts)
         for name, got in by_name.items():

@@ -53,7 +53,9 @@ def test_broken_recordings_do_not_stop_the_measuring(quickstart, tmp_path):
     assert quickstart._join_max(QuickstartConfig(), [broken]) == 1
 
 
-@pytest.mark.parametrize(("lengths", "row"), [([200] * 9, 256), ([50] * 99 + [400], 256), ([120, 400], 512), ([5000] * 4, 2048)])
+@pytest.mark.parametrize(
+    ("lengths", "row"), [([200] * 9, 256), ([50] * 99 + [400], 256), ([120, 400], 512), ([5000] * 4, 2048)]
+)
 def test_rows_hold_all_but_the_odd_long_sample(quickstart, lengths, row):
     stats = TokenStats()
     for length in lengths:
@@ -69,9 +71,9 @@ def test_a_changed_recording_changes_the_fingerprint(quickstart, tmp_path):
     assert quickstart._fingerprint(records) != before
 
 
-@pytest.mark.parametrize(("tokens_per_s", "spent_s", "steps"), [(1e6, 60, 700), (1200, 240, 527), (300, 600, 175)])
+@pytest.mark.parametrize(("tokens_per_s", "spent_s", "steps"), [(1e6, 60, 700), (1000, 240, 527), (300, 600, 175)])
 def test_a_slow_machine_trains_less_and_stays_with_it(quickstart, tmp_path, tokens_per_s, spent_s, steps):
-    metrics = tmp_path / "stage2" / "metrics.jsonl"
+    metrics = tmp_path / "stage1" / "metrics.jsonl"
     metrics.parent.mkdir()
     metrics.write_text(json.dumps({"step": 1, "tokens_per_s": tokens_per_s}) + "\n")
     parts = Parts(tmp_path, 1)

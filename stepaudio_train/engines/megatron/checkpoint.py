@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from stepaudio_train.config.errors import UserError
 from stepaudio_train.engines.megatron.adamw import AdamW
 
 
@@ -54,7 +55,13 @@ class CheckpointIO:
         return self._queue.get_num_unfinalized_calls() == 0
 
     def load(self, directory: Path, optimizer: bool) -> None:
-        """Every rank calls it. Without `optimizer`, the weights alone."""
+        """Every rank calls it. Without `optimizer`, the weights alone.
+
+        Raises:
+            UserError: the optimizer was written in another form than this run's.
+        """
+        if optimizer:
+            self._require_same_optimizer(directory)
         state = self._state(optimizer, is_loading=True)
         loaded = dist_checkpointing.load(_map_tensors(state, self._without_padding), str(directory))
         for name, chunk in zip(self._chunk_names(), self._chunks, strict=True):
@@ -63,6 +70,15 @@ class CheckpointIO:
             self._adamw.load_state_dict(_padded_like(loaded["optimizer"], state["optimizer"]))
         else:
             self._adamw.megatron.reload_model_params()
+
+    def _require_same_optimizer(self, directory: Path) -> None:
+        common = dist_checkpointing.load_common_state_dict(str(directory))
+        saved = "param_state_sharding_type" in common["optimizer"]
+        if saved != self._chunks[0].ddp_config.use_distributed_optimizer:
+            raise UserError(
+                f"{directory}: was written with engine.distributed_optimizer={str(saved).lower()}, which keeps Adam's "
+                f"states in another form; type engine.distributed_optimizer={str(saved).lower()}"
+            )
 
     def _chunk_names(self) -> list[str]:
         return [f"model{i}" for i in range(len(self._chunks))]

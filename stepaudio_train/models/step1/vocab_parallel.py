@@ -63,7 +63,7 @@ class _TargetLogProbs(torch.autograd.Function):
             if keep and logits is not kept:
                 kept.copy_(logits)
         norms = maxima + sums.log()
-        if group.size() > 1:
+        if group.size() > 1 and num_tokens:
             norms, own = _combine(norms, own.masked_fill(~mine, 0.0), group)
         if keep:
             ctx.save_for_backward(hidden, weight, exps, (maxima - norms).exp(), local, mine)

@@ -57,7 +57,12 @@ def broken_files(folder: Path) -> dict[str, Path]:
     whole = write(folder / "whole.wav", tone(16000)).read_bytes()
     flac = write(folder / "whole.flac", tone(16000)).read_bytes()
     files = {"missing": folder / "missing.wav", "empty": write(folder / "empty.wav", np.zeros(0))}
-    for name, content in {"text": b"not audio", "nothing": b"", "cut": whole[:9000], "cut_flac": flac[: len(flac) // 2]}.items():
+    for name, content in {
+        "text": b"not audio",
+        "nothing": b"",
+        "cut": whole[:9000],
+        "cut_flac": flac[: len(flac) // 2],
+    }.items():
         files[name] = folder / f"{name}.wav"
         files[name].write_bytes(content)
     files["nan"] = write(folder / "nan.wav", np.array([0.0, np.nan]), subtype="FLOAT")

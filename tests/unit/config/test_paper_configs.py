@@ -43,6 +43,8 @@ def test_rates_and_ratios_of_the_three_stages(size):
     assert [c.optimizer.learning_rate for c in (one, two, three)] == [2e-5] * 3
     assert [c.optimizer.embedding_learning_rate_multiplier for c in (one, two, three)] == [5, 5, 1]
     assert (three.optimizer.schedule, three.optimizer.min_learning_rate) == ("cosine", 5e-6)
-    tokens = [c.training.max_steps * c.training.global_batch_rows * c.training.sequence_length for c in (one, two, three)]
+    tokens = [
+        c.training.max_steps * c.training.global_batch_rows * c.training.sequence_length for c in (one, two, three)
+    ]
     assert tokens == pytest.approx([1.2e12, 0.8e12, 1.3e12], rel=1e-4)
     assert two.training.init_from == one.run_dir and three.training.init_from == two.run_dir

@@ -60,7 +60,9 @@ def plain_sanm(x: Tensor, weights: dict[str, Tensor], config: LinguisticConfig) 
             x[position, depth // 2 + index] += torch.cos(torch.tensor(angle, dtype=torch.float64))
     for layer in range(config.num_blocks):
         name = "encoders0.0" if layer == 0 else f"encoders.{layer - 1}"
-        query, key, value = linear(norm(x, weights, f"{name}.norm1", 1e-12), weights, f"{name}.self_attn.linear_q_k_v").chunk(3, 1)
+        query, key, value = linear(
+            norm(x, weights, f"{name}.norm1", 1e-12), weights, f"{name}.self_attn.linear_q_k_v"
+        ).chunk(3, 1)
         taps = weights[f"{name}.self_attn.fsmn_block.weight"][:, 0]
         memory = value.clone()
         for t in range(length):

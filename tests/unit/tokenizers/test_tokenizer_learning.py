@@ -118,7 +118,11 @@ def test_every_clip_is_drawn_once_an_epoch_in_even_batches():
 def test_features_are_levelled_and_keep_their_texts():
     clips = [Clip(0.001 * torch.randn(1600 * (3 - i)), f"text {i}") for i in range(3)] + [Clip(torch.zeros(100), "no")]
     data = ClipFeatures.compute(clips, LinguisticTokenizer(LinguisticConfig()).features)
-    assert sorted(zip(map(len, data.features), data.texts, strict=True)) == [(8, "text 2"), (18, "text 1"), (28, "text 0")]
+    assert sorted(zip(map(len, data.features), data.texts, strict=True)) == [
+        (8, "text 2"),
+        (18, "text 1"),
+        (28, "text 0"),
+    ]
 
 
 def test_kmeans_finds_the_clusters():
@@ -212,7 +216,14 @@ def test_semantic_training_learns_words_and_spectrum():
     ]
     history: list[dict[str, float]] = []
     _, metrics = train_semantic(
-        config, TRAINING, SemanticLossConfig(), AugmentConfig(), *data, 0, "cpu", lambda _, values: history.append(values)
+        config,
+        TRAINING,
+        SemanticLossConfig(),
+        AugmentConfig(),
+        *data,
+        0,
+        "cpu",
+        lambda _, values: history.append(values),
     )
     assert metrics["ctc_word_error"] < 10 and metrics["probe_word_error"] < 10
     assert history[-1]["spectrum"] < 0.6 * history[0]["spectrum"]
