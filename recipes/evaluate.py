@@ -50,7 +50,11 @@ def main(config: EvaluateConfig) -> None:
     continuations = continue_recordings(model, test, config.continuations)
     _write_lines(output / "transcripts.jsonl", (line for name, r in results.items() for line in _lines(name, r)))
     _write_lines(output / "continuations.jsonl", (asdict(continuation) for continuation in continuations))
-    summary = {"asr": {name: asdict(r.errors) for name, r in results.items()}, "likelihood": asdict(likelihood)}
+    summary = {
+        "asr": {name: asdict(result.errors) for name, result in results.items()},
+        "asr_by_language": {language: asdict(errors) for language, errors in results["test"].by_language.items()},
+        "likelihood": asdict(likelihood),
+    }
     # Written last: a folder with evaluation.json is whole.
     write_atomically(output / "evaluation.json", json.dumps(summary, indent=1).encode())
 

@@ -25,6 +25,8 @@ class AsrResult:
     """Transcripts of a set of recordings and their error rate."""
 
     errors: ErrorRate
+    by_language: dict[str, ErrorRate]
+    """Of the recordings whose language is told; empty if there is only one."""
     transcripts: list[Transcript]
 
 
@@ -40,7 +42,15 @@ def evaluate_asr(model: SpeechTextModel, samples: Sequence[TokenSample]) -> AsrR
         Transcript(sample.record.id, reference, hypothesis)
         for sample, reference, hypothesis in zip(samples, references, hypotheses, strict=True)
     ]
-    return AsrResult(word_error_rate(references, hypotheses), transcripts)
+    languages: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        languages.setdefault(sample.record.audio_parts()[0].language or "", []).append(index)
+    by_language = {
+        language: word_error_rate([references[i] for i in chosen], [hypotheses[i] for i in chosen])
+        for language, chosen in sorted(languages.items())
+        if language and len(languages) > 1
+    }
+    return AsrResult(word_error_rate(references, hypotheses), by_language, transcripts)
 
 
 def with_shuffled_audio(samples: Sequence[TokenSample], seed: int = 0) -> list[TokenSample]:

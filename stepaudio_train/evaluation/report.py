@@ -82,6 +82,9 @@ class QuickstartResults:
             "asr_words": asr["test"]["num_words"],
             "asr_wer_shuffled_audio": round(asr["test_shuffled_audio"]["percent"], 2),
             "asr_wer_heldout_speaker": round(heldout["percent"], 2) if heldout else None,
+            "asr_wer_by_language": {
+                language: round(errors["percent"], 2) for language, errors in self.evaluation["asr_by_language"].items()
+            },
             **{f"nll_{name}": round(nats, 4) for name, nats in likelihood["model"].items()},
             **{f"unigram_nll_{name}": round(nats, 4) for name, nats in likelihood["unigram"].items()},
             "tokens": int(self.metrics[STAGES[-1]][-1]["all_tokens"]),
@@ -122,10 +125,9 @@ def write_quickstart_report(results: QuickstartResults) -> Path:
 
 
 def _recognition(results: QuickstartResults) -> str:
-    rows = [
-        (_SET_TITLES[name], errors["percent"], errors["num_words"], *(errors[k] for k in _ERROR_KINDS))
-        for name, errors in results.evaluation["asr"].items()
-    ]
+    titled = {_SET_TITLES[name]: errors for name, errors in results.evaluation["asr"].items()}
+    titled |= {f"held-out, {name} only": errors for name, errors in results.evaluation["asr_by_language"].items()}
+    rows = [(t, e["percent"], e["num_words"], *(e[kind] for kind in _ERROR_KINDS)) for t, e in titled.items()]
     head = ("", "WER, %", "words", *_ERROR_KINDS)
     shown = _examples([line for line in results.transcripts if line["set"] == "test"])
     return section(

@@ -6,6 +6,7 @@ import math
 from collections import deque
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepaudio_train.audio.features import length_mask, normalise_log_mel
@@ -18,10 +19,12 @@ from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, shuffled_ba
 from stepaudio_train.tokenizers.learning.optimisation import Report, optimise, resolve_device
 from stepaudio_train.tokenizers.learning.probe import CodedClips, probe_word_error
 from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_loss, greedy, word_error_rate
-from stepaudio_train.tokenizers.semantic import Block, SemanticTokenizer
+from stepaudio_train.tokenizers.semantic import SemanticTokenizer
 
 _NATS = math.log(10.0)
 _FRAMES_PER_TOKEN = 4
+_LAYERS = 2
+_TAPS = 5
 _BATCH_S = 60.0
 """Seconds per batch where no gradient is needed."""
 
@@ -36,7 +39,8 @@ class Decoder(nn.Module):
         self.labels_per_token = labels_per_token
         size = config.hidden_size
         self.enter = nn.Linear(size, size)
-        self.block = Block(size, config.num_heads)
+        # Convolutions, for the order of the codes is what they say: attention without positions learnt far slower.
+        self.layers = nn.ModuleList([nn.Conv1d(size, size, _TAPS, padding=_TAPS // 2) for _ in range(_LAYERS)])
         self.norm = nn.LayerNorm(size)
         self.characters = nn.Linear(size, labels_per_token * num_labels)
         self.voice = nn.Linear(config.num_mel_bins, size)
@@ -47,7 +51,10 @@ class Decoder(nn.Module):
         """Quantised frames [B, T, D], counts [B], mean_mel [B, M] -> logits [B, places, labels], mel [B, 4T, M]."""
         # Codes have unit length; rescaled, each number is about 1.
         x = self.enter(codes * math.sqrt(codes.shape[-1]))
-        x = self.norm(self.block(x, length_mask(counts, x.shape[1])))
+        mask = length_mask(counts, x.shape[1])[:, :, None]
+        for layer in self.layers:
+            x = x + F.gelu(layer((x * mask).transpose(1, 2)).transpose(1, 2))
+        x = self.norm(x)
         logits = self.characters(x).unflatten(-1, (self.labels_per_token, -1)).flatten(1, 2)
         mel = self.spectrum(x + self.voice(mean_mel)[:, None])
         return logits, mel.unflatten(-1, (_FRAMES_PER_TOKEN, -1)).flatten(1, 2)

@@ -54,7 +54,12 @@ def make_samples(count: int, seed: int) -> list[TokenSample]:
         word = int(rng.integers(len(WORDS)))
         linguistic = (word * 5 + rng.integers(2, size=8)).astype(np.int32)
         semantic = (word * 10 + rng.integers(3, size=12)).astype(np.int32)
-        part = AudioPart("0", text=WORDS[word], spans=(Span(0, 0.24, WORDS[word]), Span(0.24, 0.48, "go")))
+        part = AudioPart(
+            "0",
+            text=WORDS[word],
+            language="en" if word else "xx",
+            spans=(Span(0, 0.24, WORDS[word]), Span(0.24, 0.48, "go")),
+        )
         samples.append(TokenSample(speech_record(f"s{index}", part), {"0": SpeechTokens(linguistic, semantic)}))
     return samples
 
@@ -78,6 +83,9 @@ def test_a_model_that_listens_fails_the_control(trained):
     assert evaluate_asr(trained, samples).errors.percent < 15
     shuffled = evaluate_asr(trained, with_shuffled_audio(samples))
     assert shuffled.errors.percent > 40
+    by_language = shuffled.by_language
+    assert sum(e.num_words for e in by_language.values()) == shuffled.errors.num_words
+    assert set(by_language) == {"en", "xx"}
     assert [t.reference for t in shuffled.transcripts] == [s.record.audio_parts()[0].text for s in samples]
 
 

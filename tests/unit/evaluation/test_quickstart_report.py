@@ -30,7 +30,10 @@ def run(tmp_path: Path) -> Path:
     nats = {"text": 0.5, "linguistic": 1.5, "semantic": 2.5}
     likelihood = {"model": nats, "unigram": {k: v + 2 for k, v in nats.items()}, "num_tokens": dict.fromkeys(nats, 9)}
     asr = {"test": errors(2.5), "test_shuffled_audio": errors(97.5)}
-    write(tmp_path / "evaluation" / "evaluation.json", {"asr": asr, "likelihood": likelihood})
+    write(
+        tmp_path / "evaluation" / "evaluation.json",
+        {"asr": asr, "asr_by_language": {"en": errors(2.0), "zh": errors(3.0)}, "likelihood": likelihood},
+    )
     line = {"set": "test", "id": "a", "reference": "go <left>", "hypothesis": "go"}
     write(tmp_path / "evaluation" / "transcripts.jsonl", line, line | {"id": "b", "hypothesis": "go <left>"})
     heard = {"prompt_heard": "go", "heard": "go stop", "prompt_s": 0.6, "continuation_s": 0.24}
@@ -49,6 +52,7 @@ def test_summary_holds_what_is_promised(run):
     assert summary["asr_wer"] == 2.5
     assert summary["asr_wer_shuffled_audio"] == 97.5
     assert summary["asr_wer_heldout_speaker"] is None
+    assert summary["asr_wer_by_language"] == {"en": 2.0, "zh": 3.0}
     assert [summary[f"nll_{m}"] for m in ("text", "linguistic", "semantic")] == [0.5, 1.5, 2.5]
     assert [summary[f"unigram_nll_{m}"] for m in ("text", "linguistic", "semantic")] == [2.5, 3.5, 4.5]
     assert summary["tokens"] == 900

@@ -72,7 +72,7 @@ def test_torchrun_on_many_nodes():
 def test_make_quickstart_takes_a_corpus_and_a_name():
     variables = {"CORPUS": "my recordings", "RUN": "mine"}
     shown = subprocess.run(
-        ["make", "-n", "quickstart", *(f"{key}={value}" for key, value in variables.items())],
+        ["make", "--no-print-directory", "-n", "quickstart", *(f"{key}={value}" for key, value in variables.items())],
         cwd=ROOT,
         capture_output=True,
         text=True,
