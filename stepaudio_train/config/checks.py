@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stepaudio_train.config.schema import DataConfig, PretrainConfig
+from stepaudio_train.config.schema import DataConfig, EngineConfig, PretrainConfig, RunConfig
 
 
 def pretrain_problems(config: PretrainConfig) -> list[str]:
@@ -15,20 +15,21 @@ def pretrain_problems(config: PretrainConfig) -> list[str]:
     problems += _data_problems("data", config.data, config)
     if config.validation is not None:
         problems += _data_problems("validation", config.validation, config)
-    return problems + _training_problems(config)
+    return problems + training_problems(config)
 
 
-def layout_problems(config: PretrainConfig, world_size: int) -> list[str]:
+def layout_problems(config: RunConfig, world_size: int) -> list[str]:
     """The rules of model, engine and batch alone, over `world_size` processes: no file is looked at."""
-    return _model_problems(config) + _engine_problems(config, world_size) + _batch_problems(config, world_size)
+    problems = _model_problems(config) + _engine_problems(config, world_size) + _batch_problems(config, world_size)
+    return problems + (_stream_problems(config, world_size) if isinstance(config, PretrainConfig) else [])
 
 
-def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Model replicas; at least 1, whatever the layout asks for."""
     return max(1, world_size // (config.engine.tensor_parallel * config.engine.pipeline_parallel))
 
 
-def _model_problems(config: PretrainConfig) -> list[str]:
+def _model_problems(config: RunConfig) -> list[str]:
     model, total = config.model, config.vocabulary.total_size
     problems = []
     if model.vocab_size != total:
@@ -52,7 +53,41 @@ def _model_problems(config: PretrainConfig) -> list[str]:
     return problems
 
 
-def _engine_problems(config: PretrainConfig, world_size: int) -> list[str]:
+def _engine_problems(config: RunConfig, world_size: int) -> list[str]:
+    problems = _field_problems(config.engine)
+    if config.lora is not None:
+        problems += _lora_problems(config)
+    return problems + (_layout_of_model_problems(config, world_size) if not problems else [])
+
+
+def _field_problems(engine: EngineConfig) -> list[str]:
+    """Fields that do not go with the engine's name."""
+    problems = []
+    if engine.name != "deepspeed" and engine.offload != "none":
+        problems.append(f"engine.offload={engine.offload}: is DeepSpeed's; type engine=deepspeed, or remove it")
+    if engine.name == "deepspeed" and engine.offload == "all" and engine.zero_stage != 3:
+        problems.append(
+            f"engine.offload=all: needs engine.zero_stage=3, got {engine.zero_stage}; type engine.offload=optimizer"
+        )
+    return problems
+
+
+def _lora_problems(config: RunConfig) -> list[str]:
+    lora, problems = config.lora, []
+    assert lora is not None
+    if config.engine.name == "megatron":
+        problems.append("lora: adapters need the Hugging Face model; type engine=local or engine=deepspeed")
+    if lora.rank < 1:
+        problems.append(f"lora.rank={lora.rank}: must be at least 1")
+    known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    if not lora.targets or set(lora.targets) - set(known):
+        problems.append(f"lora.targets={list(lora.targets)}: must be some of {', '.join(known)}")
+    if config.model.init is None:
+        problems.append("lora: adapts weights that are there; type model.init=DIR")
+    return problems
+
+
+def _layout_of_model_problems(config: RunConfig, world_size: int) -> list[str]:
     engine, model = config.engine, config.model
     tp, pp, vp = engine.tensor_parallel, engine.pipeline_parallel, engine.virtual_pipeline
     problems = [
@@ -70,6 +105,13 @@ def _engine_problems(config: PretrainConfig, world_size: int) -> list[str]:
             )
         if engine.extra:
             problems.append("engine.extra: the local engine takes none; type engine=megatron, or remove it")
+        return problems
+    if engine.name == "deepspeed":
+        if tp * pp * vp > 1:
+            problems.append(
+                f"engine.name=deepspeed: cuts the model over data-parallel ranks (engine.zero_stage), got "
+                f"tensor_parallel={tp}, pipeline_parallel={pp}, virtual_pipeline={vp}; type engine=megatron"
+            )
         return problems
     if world_size % (tp * pp):
         problems.append(
@@ -93,23 +135,13 @@ def _engine_problems(config: PretrainConfig, world_size: int) -> list[str]:
     return problems
 
 
-def _batch_problems(config: PretrainConfig, world_size: int) -> list[str]:
+def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
     engine, training = config.engine, config.training
     if min(engine.tensor_parallel, engine.pipeline_parallel) < 1:
         return []
     problems = []
     dp = data_parallel_size(config, world_size)
-    streams, rows, micro = config.data.num_streams, training.global_batch_rows, training.micro_batch_rows
-    if streams % dp:
-        problems.append(
-            f"data.num_streams={streams}: must be a multiple of the data-parallel size, {dp}; type "
-            f"data.num_streams={-(-streams // dp) * dp}"
-        )
-    if rows % streams:
-        problems.append(
-            f"training.global_batch_rows={rows}: must be a multiple of data.num_streams={streams}; type "
-            f"training.global_batch_rows={-(-rows // streams) * streams}"
-        )
+    rows, micro = training.global_batch_rows, training.micro_batch_rows
     if rows % (dp * micro):
         fitting = -(-rows // (dp * micro)) * dp * micro
         problems.append(
@@ -125,6 +157,25 @@ def _batch_problems(config: PretrainConfig, world_size: int) -> list[str]:
         problems.append(
             f"training.sequence_length={training.sequence_length}: sequence parallelism cuts it into "
             f"engine.tensor_parallel={engine.tensor_parallel} equal parts"
+        )
+    return problems
+
+
+def _stream_problems(config: PretrainConfig, world_size: int) -> list[str]:
+    if min(config.engine.tensor_parallel, config.engine.pipeline_parallel) < 1:
+        return []
+    problems = []
+    dp = data_parallel_size(config, world_size)
+    streams, rows = config.data.num_streams, config.training.global_batch_rows
+    if streams % dp:
+        problems.append(
+            f"data.num_streams={streams}: must be a multiple of the data-parallel size, {dp}; type "
+            f"data.num_streams={-(-streams // dp) * dp}"
+        )
+    if rows % streams:
+        problems.append(
+            f"training.global_batch_rows={rows}: must be a multiple of data.num_streams={streams}; type "
+            f"training.global_batch_rows={-(-rows // streams) * streams}"
         )
     return problems
 
@@ -158,13 +209,14 @@ def _data_problems(key: str, data: DataConfig, config: PretrainConfig) -> list[s
     return problems
 
 
-def _training_problems(config: PretrainConfig) -> list[str]:
+def training_problems(config: RunConfig) -> list[str]:
+    """Sizes and lengths, and whether the first weights are there."""
     training = config.training
     problems = [
         f"training.{name}={getattr(training, name)}: must be at least 1"
         for name in ("max_steps", "sequence_length", "global_batch_rows", "micro_batch_rows", "keep_checkpoints")
         if getattr(training, name) < 1
     ]
-    if training.init_from is not None and not Path(training.init_from).is_dir():
-        problems.append(f"training.init_from={training.init_from}: no such folder")
+    if config.model.init is not None and not Path(config.model.init).is_dir():
+        problems.append(f"model.init={config.model.init}: no such folder")
     return problems

@@ -40,6 +40,28 @@ class Step1Config:
 
 
 @dataclass(frozen=True)
+class ModelConfig(Step1Config):
+    """A model of a run: its sizes, and where its first weights come from."""
+
+    init: str | None = None
+    """Start from these weights: a run directory, a checkpoint of any layout or engine, or a Hugging Face directory. A
+    smaller text-only vocabulary is grown by the audio ids. None: random weights."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) in place of full fine-tuning; the model's own weights stay as they are."""
+
+    __pydantic_config__ = _STRICT
+
+    rank: int = 16
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Which of a layer's matrices get an adapter."""
+
+
+@dataclass(frozen=True)
 class VocabularyConfig:
     """Sizes of the id ranges, in order: text (special, bytes, pieces), linguistic, semantic, reserved."""
 
@@ -59,11 +81,11 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the model is computed: one process (`local`), or Megatron-Core's 3D parallelism."""
+    """How the model is computed: one process (`local`), Megatron-Core's 3D parallelism, or DeepSpeed's ZeRO."""
 
     __pydantic_config__ = _STRICT
 
-    name: Literal["local", "megatron"] = "local"
+    name: Literal["local", "megatron", "deepspeed"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "fp32"
     """auto: bf16 where the device multiplies bf16 natively, else fp32. Master weights are always fp32."""
@@ -74,9 +96,14 @@ class EngineConfig:
     """Model chunks per pipeline rank (interleaved schedule). Needs pipeline_parallel > 1 when over 1."""
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_optimizer: bool = True
-    """Adam's states cut over the data-parallel ranks. No effect on `local`."""
+    """Adam's states cut over the data-parallel ranks. `megatron` only; `deepspeed` always cuts them."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """What DeepSpeed cuts over the ranks: 1 Adam's states, 2 gradients too, 3 weights too. `deepspeed` only."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in host memory: Adam's states, or (stage 3) weights too. `deepspeed` only."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Passed verbatim to the engine's own configuration (Megatron's TransformerConfig) and checked by it."""
+    """Passed verbatim to the engine's own configuration (Megatron's TransformerConfig, DeepSpeed's JSON), and checked
+    by it."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +184,6 @@ class TrainingConfig:
     eval_every: int = 0
     """Steps between evaluations on `validation`; 0 evaluates only at the end, if there is any validation data."""
     eval_batches: int = 4
-    init_from: str | None = None
-    """Start from these weights: a run directory, a checkpoint of any layout, or a Hugging Face directory. A smaller
-    text-only vocabulary is grown by the audio ids."""
     export_hf: bool = True
     """Write `export/` in Hugging Face layout at the end of the run."""
 
@@ -178,18 +202,29 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class RunConfig:
+    """What every training run has, whatever it learns from."""
+
+    __pydantic_config__ = _STRICT
+
+    run_dir: str = "runs/run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig | None = None
+    """Train adapters alone (`lora.rank=16` turns it on); None: all weights. Not on `megatron`."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
     """A pretraining run: one stage of the paper's section 4.2, or a debug run."""
 
     __pydantic_config__ = _STRICT
 
     run_dir: str = "runs/pretrain"
-    model: Step1Config = field(default_factory=Step1Config)
-    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     validation: DataConfig | None = None
     """Held-out data, same form as `data`."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)

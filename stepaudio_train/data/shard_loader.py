@@ -148,7 +148,7 @@ class ShardLoader:
             raise ConfigError(
                 [
                     f"{key}: is not what it was when {directory} was written, so its data order cannot go on; set it "
-                    "back, or start another run from the weights with training.init_from"
+                    "back, or start another run from the weights with model.init"
                     for key in changed
                 ]
             )

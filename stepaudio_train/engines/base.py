@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepaudio_train.config.errors import UserError
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.objectives.base import Objective
 
@@ -40,7 +40,7 @@ class Engine(ABC):
     joins them.
     """
 
-    config: PretrainConfig
+    config: RunConfig
     device: torch.device
     rank: int
     world_size: int

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.engines.base import Engine
 
 
-def build_engine(config: PretrainConfig) -> Engine:
+def build_engine(config: RunConfig) -> Engine:
     """The engine `config.engine.name` asks for, with uninitialised weights."""
     if config.engine.name == "megatron":
         from stepaudio_train.engines.megatron.engine import MegatronEngine

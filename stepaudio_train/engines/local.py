@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepaudio_train.config.schema import OptimizerConfig, PretrainConfig
+from stepaudio_train.config.schema import OptimizerConfig, RunConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
 from stepaudio_train.engines.precision import choose_device, choose_dtype
@@ -25,7 +25,7 @@ _MODEL_FILE, _OPTIMIZER_FILE, _STATE_FILE = "model.safetensors", "optimizer.safe
 class LocalEngine(Engine):
     """The model of models/step1/modeling.py with torch's AdamW. bf16 is autocast over fp32 weights."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.rank, self.world_size = 0, 1
         self.data_parallel_rank, self.data_parallel_size = 0, 1

@@ -132,7 +132,7 @@ def require_same_engine(checkpoint: Path, state: TrainingState, engine: str) -> 
     if state.engine != engine:
         raise CheckpointError(
             f"{checkpoint}: was written by engine={state.engine}; type engine={state.engine}, or start another run "
-            f"from the weights with training.init_from=RUN_DIR, which reads RUN_DIR/export"
+            f"from the weights with model.init=RUN_DIR, which reads RUN_DIR/export"
         )
 
 

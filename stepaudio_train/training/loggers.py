@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from stepaudio_train.config.compose import to_mapping
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.training.run_directory import RunDirectory
 
 
 class MetricsLogger:
     """Writes one JSON line a step, and mirrors it. Only the main rank has one."""
 
-    def __init__(self, run: RunDirectory, config: PretrainConfig) -> None:
+    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
         self._file = run.metrics_file.open("a", encoding="utf-8", buffering=1)
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -60,7 +60,7 @@ def log_to_file(folder: Path, rank: int) -> None:
         root.addHandler(handler)
 
 
-def _start_wandb(run: RunDirectory, config: PretrainConfig) -> Any:
+def _start_wandb(run: RunDirectory, config: RunConfig) -> Any:
     import wandb
 
     mode = config.logging.wandb

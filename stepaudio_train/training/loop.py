@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TASKS, TokenBatch
 from stepaudio_train.data.loader import TrainLoader
 from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def fit(
-    config: PretrainConfig,
+    config: RunConfig,
     engine: Engine,
     loader: TrainLoader,
     objective: Objective,
@@ -123,7 +123,7 @@ class _StopOnSignal:
 class _Meter:
     """Turns step results into the metrics of a line, and keeps the running totals."""
 
-    def __init__(self, config: PretrainConfig, engine: Engine, state: TrainingState) -> None:
+    def __init__(self, config: RunConfig, engine: Engine, state: TrainingState) -> None:
         self._config, self._engine = config, engine
         self._tokens, self._elapsed_s = state.tokens, state.elapsed_s
         dtype = choose_dtype(config.engine.precision, engine.device)

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from stepaudio_train.config.checks import data_parallel_size, layout_problems
-from stepaudio_train.config.schema import PretrainConfig, Step1Config
+from stepaudio_train.config.schema import RunConfig, Step1Config
 from stepaudio_train.models.step1.weight_map import Entry, Kind, entries, hf_shapes, num_parameters
 
 _RUNTIME_BYTES = 2 * 2**30
@@ -85,7 +85,7 @@ class Remedy:
     """Bytes of the fullest rank then."""
 
 
-def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
+def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     """Memory of every pipeline stage of `config` over `world_size` ranks. The layout must be valid."""
     dp = data_parallel_size(config, world_size)
     micro_batches = config.training.global_batch_rows // (dp * config.training.micro_batch_rows)
@@ -93,7 +93,7 @@ def plan_run(config: PretrainConfig, world_size: int) -> RunPlan:
     return RunPlan(num_parameters(config.model), world_size, dp, micro_batches, stages)
 
 
-def remedies(config: PretrainConfig, world_size: int, memory_bytes: float) -> list[Remedy]:
+def remedies(config: RunConfig, world_size: int, memory_bytes: float) -> list[Remedy]:
     """Changes that make a run fit: the fewest ranks a model replica that can do it, without and with recomputation.
 
     Empty if nothing that is tried fits (TP up to 8, PP up to the number of layers, one row a micro-batch).
@@ -108,7 +108,7 @@ def remedies(config: PretrainConfig, world_size: int, memory_bytes: float) -> li
     return found
 
 
-def _plan_stage(config: PretrainConfig, stage: int, dp: int, micro_batches: int) -> StagePlan:
+def _plan_stage(config: RunConfig, stage: int, dp: int, micro_batches: int) -> StagePlan:
     engine = config.engine
     parameters = _stage_parameters(config, stage)
     bf16 = _compute_bytes(config) == 2
@@ -126,7 +126,7 @@ def _plan_stage(config: PretrainConfig, stage: int, dp: int, micro_batches: int)
     )
 
 
-def _stage_parameters(config: PretrainConfig, stage: int) -> int:
+def _stage_parameters(config: RunConfig, stage: int) -> int:
     model, pp = config.model, config.engine.pipeline_parallel
     table = entries(model)
     per_layer = sum(_held(config, entry) for name, entry in table.items() if name.startswith("decoder.layers.0."))
@@ -139,7 +139,7 @@ def _stage_parameters(config: PretrainConfig, stage: int) -> int:
     return total
 
 
-def _held(config: PretrainConfig, entry: Entry) -> int:
+def _held(config: RunConfig, entry: Entry) -> int:
     """Parameters of one Megatron tensor that a tensor-parallel rank holds."""
     tp = config.engine.tensor_parallel
     shapes = _shapes(config.model)
@@ -155,7 +155,7 @@ def _shapes(model: Step1Config) -> dict[str, tuple[int, ...]]:
     return hf_shapes(model)
 
 
-def _stage_activations(config: PretrainConfig, stage: int, micro_batches: int) -> int:
+def _stage_activations(config: RunConfig, stage: int, micro_batches: int) -> int:
     model, engine, training = config.model, config.engine, config.training
     tp, pp, vp = engine.tensor_parallel, engine.pipeline_parallel, engine.virtual_pipeline
     tokens = training.micro_batch_rows * training.sequence_length
@@ -175,7 +175,7 @@ def _stage_activations(config: PretrainConfig, stage: int, micro_batches: int) -
     return total
 
 
-def layer_activation_bytes(config: PretrainConfig) -> int:
+def layer_activation_bytes(config: RunConfig) -> int:
     """What one layer of one rank keeps of a micro-batch for its backward, without recomputation."""
     model, engine = config.model, config.engine
     h, kv, inner = model.hidden_size, model.num_attention_groups * model.head_dim, model.intermediate_size
@@ -189,7 +189,7 @@ def layer_activation_bytes(config: PretrainConfig) -> int:
     return tokens * size * elements // engine.tensor_parallel
 
 
-def _compute_bytes(config: PretrainConfig) -> int:
+def _compute_bytes(config: RunConfig) -> int:
     """Bytes of a number in the forward. `auto` is planned as bf16, which every GPU that can hold this does, but on
     CPU as fp32."""
     precision = config.engine.precision
@@ -198,7 +198,7 @@ def _compute_bytes(config: PretrainConfig) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def _candidates(config: PretrainConfig, world_size: int, recompute: str) -> Iterator[tuple[PretrainConfig, int]]:
+def _candidates(config: RunConfig, world_size: int, recompute: str) -> Iterator[tuple[RunConfig, int]]:
     """Valid layouts and their world size: the smallest model replica first, tensor before pipeline parallelism."""
     rows = sorted({config.training.micro_batch_rows, 1}, reverse=True)
     tensor = [2**n for n in range(int(math.log2(_MAX_TENSOR_PARALLEL)) + 1)]
@@ -225,7 +225,7 @@ def _candidates(config: PretrainConfig, world_size: int, recompute: str) -> Iter
                 yield changed, ranks
 
 
-def _overrides(before: PretrainConfig, after: PretrainConfig) -> tuple[str, ...]:
+def _overrides(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
     pairs = [
         ("engine", before.engine.name, after.engine.name),
         *(

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from stepaudio_train.config.compose import read_config, save_config, to_mapping
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import RunConfig
 
 # What may differ when a run goes on: how it is computed, watched and kept, not what is learned from what.
 _FREE_TO_CHANGE = (
@@ -28,7 +28,7 @@ _FREE_TO_CHANGE = (
     "training.eval_every",
     "training.eval_batches",
     "training.export_hf",
-    "training.init_from",
+    "model.init",
 )
 
 
@@ -62,7 +62,7 @@ class RunDirectory:
     def export(self) -> Path:
         return self.path / "export"
 
-    def claim(self, config: PretrainConfig) -> None:
+    def claim(self, config: RunConfig) -> None:
         """Take the folder for this process, new or to go on with; write the resolved configuration.
 
         Raises:
@@ -120,8 +120,8 @@ class RunDirectory:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
-    def _refuse_other_settings(self, config: PretrainConfig) -> None:
-        before = _flat(to_mapping(read_config(PretrainConfig, self.config_file)))
+    def _refuse_other_settings(self, config: RunConfig) -> None:
+        before = _flat(to_mapping(read_config(type(config), self.config_file)))
         now = _flat(to_mapping(config))
         changed = [
             f"{key}={now.get(key)!r}: this run directory was made with {before.get(key)!r}; type "

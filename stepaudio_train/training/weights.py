@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.schema import PretrainConfig, Step1Config
+from stepaudio_train.config.schema import RunConfig, Step1Config
 from stepaudio_train.engines.base import Engine
 from stepaudio_train.models.step1.initialise import InitialWeights
 from stepaudio_train.models.step1.modeling import read_released_config, write_released_config
@@ -25,17 +25,17 @@ _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 _SHARD_BYTES = 5 * 2**30
 
 
-def initialise(engine: Engine, config: PretrainConfig) -> None:
-    """Set the engine's weights from `training.init_from`, or at random from `training.seed`.
+def initialise(engine: Engine, config: RunConfig) -> None:
+    """Set the engine's weights from `model.init`, or at random from `training.seed`.
 
     Raises:
         ConfigError: there are no weights there, or they do not fit the model.
     """
     fresh = InitialWeights(config.model, config.training.seed)
-    if config.training.init_from is None:
+    if config.model.init is None:
         engine.load_weights(fresh)
         return
-    source = Path(config.training.init_from)
+    source = Path(config.model.init)
     for directory in (source, source / "export"):
         if (directory / "config.json").is_file():
             engine.load_weights(_fitting(directory, config, fresh))
@@ -45,7 +45,7 @@ def initialise(engine: Engine, config: PretrainConfig) -> None:
     if checkpoint is None:
         raise ConfigError(
             [
-                f"training.init_from={source}: holds neither config.json, nor export/, nor a complete checkpoint; type "
+                f"model.init={source}: holds neither config.json, nor export/, nor a complete checkpoint; type "
                 "the folder of a finished run, a checkpoint, or a Hugging Face directory"
             ]
         )
@@ -122,21 +122,21 @@ class GrownWeights(Mapping[str, Tensor]):
         return len(self._old)
 
 
-def _fitting(directory: Path, config: PretrainConfig, fresh: InitialWeights) -> Mapping[str, Tensor]:
+def _fitting(directory: Path, config: RunConfig, fresh: InitialWeights) -> Mapping[str, Tensor]:
     theirs, ours = read_released_config(directory), config.model
     weights = HuggingFaceWeights(directory)
     problems = [
-        f"training.init_from={directory}: has {name}={getattr(theirs, name)}; type model.{name}={getattr(theirs, name)}"
+        f"model.init={directory}: has {name}={getattr(theirs, name)}; type model.{name}={getattr(theirs, name)}"
         for name in _sizes()
         if getattr(theirs, name) != getattr(ours, name)
     ]
     missing = [name for name in fresh if name not in weights]
     if missing:
-        problems.append(f"training.init_from={directory}: lacks {len(missing)} tensor(s), such as {missing[0]}")
+        problems.append(f"model.init={directory}: lacks {len(missing)} tensor(s), such as {missing[0]}")
     text_only = theirs.vocab_size == config.vocabulary.text_size
     if theirs.vocab_size != ours.vocab_size and not text_only:
         problems.append(
-            f"training.init_from={directory}: has vocab_size={theirs.vocab_size}, neither model.vocab_size="
+            f"model.init={directory}: has vocab_size={theirs.vocab_size}, neither model.vocab_size="
             f"{ours.vocab_size} nor a text-only vocabulary of vocabulary.text_size={config.vocabulary.text_size}"
         )
     if problems:

@@ -10,9 +10,9 @@ import torch
 
 from stepaudio_train.config.schema import (
     EngineConfig,
+    ModelConfig,
     OptimizerConfig,
     PretrainConfig,
-    Step1Config,
     TrainingConfig,
     VocabularyConfig,
 )
@@ -27,7 +27,7 @@ ROWS, LENGTH = 8, 32
 
 # An odd vocabulary: tensor parallelism has to pad it.
 VOCABULARY = VocabularyConfig(text_size=345, linguistic_size=64, semantic_size=96, reserved_size=0)
-MODEL = Step1Config(
+MODEL = ModelConfig(
     hidden_size=16,
     intermediate_size=24,
     num_hidden_layers=4,

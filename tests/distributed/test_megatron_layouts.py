@@ -12,9 +12,9 @@ import torch
 
 from stepaudio_train.config.schema import (
     EngineConfig,
+    ModelConfig,
     OptimizerConfig,
     PretrainConfig,
-    Step1Config,
     TrainingConfig,
     VocabularyConfig,
 )
@@ -32,7 +32,7 @@ STEPS, ROWS, LENGTH = 4, 8, 64
 
 # An odd vocabulary: tensor parallelism has to pad it.
 VOCABULARY = VocabularyConfig(text_size=345, linguistic_size=64, semantic_size=96, reserved_size=0)
-MODEL = Step1Config(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=4,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepaudio_train.config.schema import EngineConfig, PretrainConfig, Step1Config, VocabularyConfig
+from stepaudio_train.config.schema import EngineConfig, ModelConfig, PretrainConfig, VocabularyConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.models.step1.initialise import InitialWeights
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
@@ -16,7 +16,7 @@ from stepaudio_train.testing.distributed import run_distributed
 
 PRELOAD = ["stepaudio_train.engines.megatron.engine"]
 CONFIG = PretrainConfig(
-    model=Step1Config(
+    model=ModelConfig(
         hidden_size=96,
         intermediate_size=160,
         num_hidden_layers=4,

@@ -18,13 +18,14 @@ LEVELS = {
     "data": 3,
     "models": 4,
     "objectives": 4,
-    "engines": 5,
-    "testing": 6,
-    "training": 6,
-    "rollout": 6,
-    "evaluation": 7,
-    "commands": 8,
-    "cli": 9,
+    "convert": 5,
+    "engines": 6,
+    "testing": 7,
+    "training": 7,
+    "rollout": 7,
+    "evaluation": 8,
+    "commands": 9,
+    "cli": 10,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

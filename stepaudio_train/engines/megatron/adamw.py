@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from stepaudio_train.config.schema import OptimizerConfig, PretrainConfig
+from stepaudio_train.config.schema import OptimizerConfig, RunConfig
 from stepaudio_train.engines.megatron.cpu import cuda_type_names
 from stepaudio_train.engines.megatron.settings import optimizer_config
 
@@ -21,7 +21,7 @@ from stepaudio_train.engines.megatron.settings import optimizer_config
 class AdamW:
     """Steps the chunks' parameters from the sums of gradients in their buffers."""
 
-    def __init__(self, config: PretrainConfig, chunks: Sequence[DistributedDataParallel], dtype: torch.dtype) -> None:
+    def __init__(self, config: RunConfig, chunks: Sequence[DistributedDataParallel], dtype: torch.dtype) -> None:
         self._config: OptimizerConfig = config.optimizer
         self._chunks = chunks
         on_cpu = next(chunks[0].parameters()).device.type == "cpu"

@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
 from stepaudio_train.engines.megatron import weights as weight_exchange
@@ -33,7 +33,7 @@ from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOut
 class MegatronEngine(Engine):
     """Joins the process group that torchrun's environment variables describe, and builds this rank's part."""
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.device = _own_device(config.engine.device)
         self._dtype = choose_dtype(config.engine.precision, self.device)

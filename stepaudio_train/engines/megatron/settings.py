@@ -12,10 +12,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import RunConfig
 
 
-def transformer_config(config: PretrainConfig, device: torch.device, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TransformerConfig:
     """The model and its layout. `config.engine.extra` overrides any field.
 
     Raises:
@@ -67,7 +67,7 @@ def transformer_config(config: PretrainConfig, device: torch.device, dtype: torc
         raise ConfigError([f"engine.extra={engine.extra}: refused by Megatron-Core: {error}"]) from error
 
 
-def ddp_config(config: PretrainConfig, device: torch.device) -> DistributedDataParallelConfig:
+def ddp_config(config: RunConfig, device: torch.device) -> DistributedDataParallelConfig:
     """Gradients are reduced in fp32; on a GPU behind the backward."""
     overlap = device.type == "cuda"
     distributed = config.engine.distributed_optimizer
@@ -79,7 +79,7 @@ def ddp_config(config: PretrainConfig, device: torch.device) -> DistributedDataP
     )
 
 
-def optimizer_config(config: PretrainConfig, dtype: torch.dtype) -> OptimizerConfig:
+def optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
     """AdamW. Learning rates and weight decays of the groups are set by `optimizer.AdamW`, clipping by the engine."""
     optimizer = config.optimizer
     distributed = config.engine.distributed_optimizer

@@ -47,4 +47,4 @@ def test_rates_and_ratios_of_the_three_stages(size):
         c.training.max_steps * c.training.global_batch_rows * c.training.sequence_length for c in (one, two, three)
     ]
     assert tokens == pytest.approx([1.2e12, 0.8e12, 1.3e12], rel=1e-4)
-    assert two.training.init_from == one.run_dir and three.training.init_from == two.run_dir
+    assert two.model.init == one.run_dir and three.model.init == two.run_dir

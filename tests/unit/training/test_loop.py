@@ -13,9 +13,9 @@ from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.config.schema import (
     EngineConfig,
     LoggingConfig,
+    ModelConfig,
     OptimizerConfig,
     PretrainConfig,
-    Step1Config,
     TrainingConfig,
     VocabularyConfig,
 )
@@ -32,7 +32,7 @@ from stepaudio_train.training.run_directory import RunDirectory
 
 VOCABULARY = VocabularyConfig(text_size=400, linguistic_size=64, semantic_size=96, reserved_size=8)
 CONFIG = PretrainConfig(
-    model=Step1Config(
+    model=ModelConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_attention_groups=2,
         vocab_size=VOCABULARY.total_size,
     ),
@@ -44,9 +44,10 @@ CONFIG = PretrainConfig(
 )  # fmt: skip
 
 
-def run(config: PretrainConfig, run_dir: Path, **training: object) -> list[dict]:
+def run(config: PretrainConfig, run_dir: Path, init: str | None = None, **training: object) -> list[dict]:
     """Train in this process; the lines of metrics.jsonl."""
-    config = replace(config, run_dir=str(run_dir), training=replace(config.training, **training))
+    model = replace(config.model, init=init)
+    config = replace(config, run_dir=str(run_dir), model=model, training=replace(config.training, **training))
     directory = RunDirectory(run_dir)
     directory.claim(config)
     vocabulary = Vocabulary.from_config(config.vocabulary)
@@ -172,14 +173,14 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path):
 
 
 def test_next_stage_starts_from_the_exported_weights(straight, tmp_path):
-    lines = run(CONFIG, tmp_path / "next", init_from=str(straight[0]), max_steps=1)
+    lines = run(CONFIG, tmp_path / "next", init=str(straight[0]), max_steps=1)
     assert lines[0]["loss"] < straight[1][2]["loss"]
 
 
 def test_a_text_only_vocabulary_is_grown(tmp_path):
     text_only = Step1ForCausalLM(replace(CONFIG.model, vocab_size=VOCABULARY.text_size))
     text_only.save_pretrained(tmp_path / "text")
-    run(CONFIG, tmp_path / "run", init_from=str(tmp_path / "text"), max_steps=1)
+    run(CONFIG, tmp_path / "run", init=str(tmp_path / "text"), max_steps=1)
     grown = Step1ForCausalLM.from_pretrained(tmp_path / "run" / "export")
     assert grown.lm_head.weight.shape == (VOCABULARY.total_size, 32)
     # One step of Adam moves a weight by about the learning rate.
@@ -190,7 +191,7 @@ def test_a_text_only_vocabulary_is_grown(tmp_path):
 def test_weights_that_do_not_fit_are_named(straight, tmp_path):
     config = replace(CONFIG, model=replace(CONFIG.model, intermediate_size=64))
     with pytest.raises(ConfigError, match="type model.intermediate_size=48"):
-        run(config, tmp_path / "run", init_from=str(straight[0]))
+        run(config, tmp_path / "run", init=str(straight[0]))
 
 
 def test_exported_tensors_are_the_last_checkpoints(straight):
