@@ -1,12 +1,15 @@
 """What every test gets: few threads, no calls home, and GPU tests only where there is a GPU."""
 
 import os
+import tempfile
 
 import pytest
 
 # Before any test imports torch: the suite starts processes of its own, and two cores do not bear threads of each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Where transformers copies the code of exported directories to before it runs it.
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules."))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

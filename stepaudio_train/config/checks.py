@@ -1,11 +1,13 @@
-"""Rules that span several fields of a pretraining configuration. All broken ones are told at once."""
+"""Rules that span several fields of a training run's configuration. All broken ones are told at once."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 from stepaudio_train.config.schema import DataConfig, EngineConfig, PretrainConfig, RunConfig
+from stepaudio_train.config.sft import SftConfig, with_text_tokenizer
 
 
 def pretrain_problems(config: PretrainConfig) -> list[str]:
@@ -15,6 +17,27 @@ def pretrain_problems(config: PretrainConfig) -> list[str]:
     problems += _data_problems("data", config.data, config)
     if config.validation is not None:
         problems += _data_problems("validation", config.validation, config)
+    return problems + training_problems(config)
+
+
+def sft_problems(config: SftConfig) -> list[str]:
+    """One line for each rule that `config` breaks in the world it is started in ($WORLD_SIZE processes)."""
+    problems = layout_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
+    data = config.data
+    if not data.path:
+        problems.append("data: required; type data=FILE.jsonl, a conversation a line (docs/fine_tuning.md)")
+    elif not Path(data.path).is_file():
+        problems.append(f"data={data.path}: no such file; type data=FILE.jsonl, a conversation a line")
+    if config.validation is not None and not Path(config.validation).is_file():
+        problems.append(f"validation={config.validation}: no such file")
+    if data.speech_tokenizer is not None and not Path(data.speech_tokenizer).is_dir():
+        problems.append(f"data.speech_tokenizer={data.speech_tokenizer}: no such folder")
+    if not 0 < data.epochs < math.inf:
+        problems.append(f"data.epochs={data.epochs}: must be over 0")
+    if config.model.init is None:
+        problems.append("model.init: fine-tuning goes on from trained weights; type model.init=DIR")
+    elif Path(config.model.init).is_dir():
+        problems += _text_tokenizer_problems(with_text_tokenizer(config))
     return problems + training_problems(config)
 
 
@@ -201,21 +224,26 @@ def _data_problems(key: str, data: DataConfig, config: PretrainConfig) -> list[s
                 f"{key}.blend.{name}.path={entry.path}: no such folder; `stepaudio tokenize` writes them, or type "
                 f"{key}.blend.{name}.weight=0"
             )
+    return problems + _text_tokenizer_problems(config)
+
+
+def _text_tokenizer_problems(config: RunConfig) -> list[str]:
     tokenizer = config.vocabulary.text_tokenizer
     if tokenizer is None:
-        problems.append("vocabulary.text_tokenizer: needed to encode text; type vocabulary.text_tokenizer=FILE.model")
-    elif not Path(tokenizer).is_file():
-        problems.append(f"vocabulary.text_tokenizer={tokenizer}: no such file")
-    return problems
+        return ["vocabulary.text_tokenizer: needed to encode text; type vocabulary.text_tokenizer=FILE.model"]
+    return [] if Path(tokenizer).is_file() else [f"vocabulary.text_tokenizer={tokenizer}: no such file"]
 
 
 def training_problems(config: RunConfig) -> list[str]:
     """Sizes and lengths, and whether the first weights are there."""
     training = config.training
+    # Fine-tuning counts its steps from its epochs where none are given.
+    least = dict.fromkeys(("sequence_length", "global_batch_rows", "micro_batch_rows", "keep_checkpoints"), 1)
+    least["max_steps"] = 0 if isinstance(config, SftConfig) else 1
     problems = [
-        f"training.{name}={getattr(training, name)}: must be at least 1"
-        for name in ("max_steps", "sequence_length", "global_batch_rows", "micro_batch_rows", "keep_checkpoints")
-        if getattr(training, name) < 1
+        f"training.{name}={getattr(training, name)}: must be at least {number}"
+        for name, number in least.items()
+        if getattr(training, name) < number
     ]
     if config.model.init is not None and not Path(config.model.init).is_dir():
         problems.append(f"model.init={config.model.init}: no such folder")

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.paths import configs_dir
+from stepaudio_train.config.shorthand import NamedByFile
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ def load_config(
     Args:
         name: a file in configs/. Its defaults list starts with `<name>_defaults`, which holds the dataclass's defaults.
         overrides: Hydra's grammar: `group=option`, `key.sub=value`. A leading `+` changes nothing: unknown keys are
-            refused with it as without it.
+            refused with it as without it. `part=FILE` is `part.path=FILE` for a part that is `NamedByFile`.
         check: rules over several fields; returns one line for each that is broken.
 
     Raises:
@@ -107,13 +108,13 @@ def _compose(name: str, config_type: type, overrides: Sequence[str]) -> dict[str
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(configs_dir()), version_base=None):
-            composed = compose(name, [_normalised(override) for override in overrides])
+            composed = compose(name, [_normalised(override, config_type) for override in overrides])
             return typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_readable(error)]) from None
 
 
-def _normalised(override: str) -> str:
+def _normalised(override: str, config_type: type) -> str:
     """Let Hydra set any key, known or not: what is unknown is found afterwards, all at once, with a suggestion."""
     key, equals, value = override.partition("=")
     bare = key.lstrip("+")
@@ -121,6 +122,9 @@ def _normalised(override: str) -> str:
         if override.startswith("~"):
             return override
         raise ConfigError([f"{override!r}: an override has the form key=value"])
+    part = typing.get_type_hints(config_type).get(bare)
+    if isinstance(part, type) and issubclass(part, NamedByFile):
+        return f"++{bare}.path={value}"
     is_group = (configs_dir() / bare.split("@")[0]).is_dir()
     return f"{bare}={value}" if is_group else f"++{bare}={value}"
 

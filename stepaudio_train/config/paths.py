@@ -1,4 +1,4 @@
-"""Where configs/ and recipes/ lie: in the repository, or inside an installed wheel."""
+"""Where things lie: configs/ and recipes/ in the repository or an installed wheel, checkpoints in a run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ def configs_dir() -> Path:
 def recipes_dir() -> Path:
     """Folder of the programs that `stepaudio run` starts."""
     return _folder("recipes")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's `checkpoints/`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".partial")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a run's `checkpoints/`."""
+    complete = complete_checkpoints(folder)
+    return complete[-1] if complete else None
 
 
 def _folder(name: str) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-TASKS = ("text", "continuation", "interleaved", "asr", "tts", "image")
+TASKS = ("text", "continuation", "interleaved", "asr", "tts", "image", "chat")
 """Index in this tuple is the task id in `TokenBatch.tasks`."""
 
 

@@ -2,10 +2,13 @@
 
 {"id": "7_theo_3", "messages": [{"role": "human", "content": [
     {"type": "audio", "audio": "7_theo_3.wav", "text": "seven", "language": "en", "speaker": "theo"}]}]}
+
+Two common ways of writing are taken as well: the role "user" is "human", and a string as content is one text part.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -52,8 +55,11 @@ class AudioPart:
 
     __pydantic_config__ = _STRICT
 
-    audio: str
-    """A path (in a manifest: relative to it), or, inside a shard, the ending of the sample's audio or token files."""
+    audio: str = ""
+    """A path (in a manifest: relative to it), or, inside a shard, the ending of the sample's audio or token files. May
+    be left out where `tokens` are given."""
+    tokens: str | None = None
+    """The codes in the released text form, `<audio_12><audio_1030>...`, two linguistic and three semantic in turn."""
     text: str | None = None
     """What is said."""
     language: str | None = None
@@ -116,17 +122,18 @@ def with_audio_parts(record: Record, parts: Sequence[AudioPart]) -> Record:
     return replace(record, messages=messages)
 
 
-def parse_record(content: str | bytes, where: str) -> Record:
+def parse_record(content: str | bytes, where: str, default_id: str | None = None) -> Record:
     """Read one record from JSON.
 
     Args:
         where: file and line, for errors.
+        default_id: of a record that has none; None refuses such a record.
 
     Raises:
         RecordError: naming `where` and every field that is wrong.
     """
     try:
-        record = _RECORD.validate_json(content)
+        record = _validated(content, default_id)
     except ValidationError as error:
         raise RecordError(f"{where}: {'; '.join(_describe(problem) for problem in error.errors())}") from None
     problems = list(_problems(record))
@@ -150,6 +157,36 @@ def read_records(path: Path) -> Iterator[Record]:
 def record_to_json(record: Record) -> dict[str, Any]:
     """Plain data for JSON, without fields that say nothing."""
     return _plain(record)
+
+
+def _validated(content: str | bytes, default_id: str | None) -> Record:
+    try:
+        return _RECORD.validate_json(content)
+    except ValidationError as error:
+        # Rewritten only now: the strict form, which this project's own programs write, is read in one go.
+        rewritten = _in_strict_form(content, default_id)
+        if rewritten is None:
+            raise error
+        return _RECORD.validate_json(rewritten)
+
+
+def _in_strict_form(content: str | bytes, default_id: str | None) -> str | None:
+    """The same record without the shorter ways of writing; None for what is no JSON object with a list of messages."""
+    try:
+        plain = json.loads(content)
+    except ValueError:  # broken JSON, or bytes that are not UTF-8
+        return None
+    if not isinstance(plain, dict) or not isinstance(plain.get("messages"), list):
+        return None
+    if default_id is not None:
+        plain.setdefault("id", default_id)
+    for message in plain["messages"]:
+        if isinstance(message, dict):
+            if message.get("role") == "user":
+                message["role"] = "human"
+            if isinstance(message.get("content"), str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+    return json.dumps(plain)
 
 
 def _plain(value: Any) -> Any:
@@ -185,8 +222,8 @@ def _problems(record: Record) -> Iterator[str]:
 
 
 def _audio_problems(part: AudioPart) -> Iterator[str]:
-    if not part.audio:
-        yield "audio: must name a file"
+    if not part.audio and not part.tokens:
+        yield "audio: must name a file, or tokens must hold its codes"
     if part.duration_s is not None and not (math.isfinite(part.duration_s) and part.duration_s > 0):
         yield f"duration_s: must be over 0, got {part.duration_s}"
     before_s = 0.0

@@ -10,12 +10,13 @@ always the beginning of what was trained on. The pretraining formats (paper 4.1;
     tts           <s> <|TTS|> <text_start> text <text_end> <audio_start> | audio <audio_end> </s>
 
 The target is what stands behind `|`. In text, continuation and interleaved everything teaches, whatever `loss` says.
+Conversations (paper 5) are rendered turn by turn, as `data/chat.py` says.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,10 +25,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import Task
+from stepaudio_train.config.sft import AnswerLoss, ChatTemplate
 from stepaudio_train.data.batch import TASKS
+from stepaudio_train.data.chat import ChatFormat, TurnError
 from stepaudio_train.data.packing import Document
-from stepaudio_train.data.records import AudioPart, Record, Span, TextPart
-from stepaudio_train.tokenizers.dual import GROUP_SAMPLES, TOKENS_PER_GROUP, merge_streams
+from stepaudio_train.data.records import AudioPart, Message, Record, Span, TextPart
+from stepaudio_train.tokenizers.dual import (
+    GROUP_SAMPLES,
+    TOKENS_PER_GROUP,
+    audio_text_to_ids,
+    merge_streams,
+    split_streams,
+)
 from stepaudio_train.tokenizers.speech import SpeechTokens
 from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Special, Vocabulary
@@ -95,6 +104,47 @@ class Renderer:
             return _ids(*(Special.BOS, Special.TTS, Special.TEXT_START), text, Special.TEXT_END, Special.AUDIO_START)
         raise RenderError(f"{sample.record.id}: task {task!r} cannot be rendered yet")
 
+    def render_chat(self, sample: TokenSample, template: ChatTemplate, loss: AnswerLoss = "last") -> Document:
+        """A training document of a conversation. The assistant's answers teach, each with the `<|EOT|>` that ends it.
+
+        Args:
+            loss: whether all answers teach, or the last one alone (paper 5.2).
+
+        Raises:
+            RenderError: the conversation does not end with an answer, or cannot be rendered.
+        """
+        last = sample.record.messages[-1].role
+        if last != "assistant":
+            raise RenderError(f"{sample.record.id}: ends with a turn of {last}, not with an answer")
+        ids, answers = self._turns(sample, template, sample.record.messages)
+        loss_weights = np.zeros(len(ids), np.float32)
+        for answer in answers if loss == "all" else answers[-1:]:
+            loss_weights[answer] = 1
+        return Document(ids, loss_weights, TASKS.index("chat"))
+
+    def render_chat_prompt(self, sample: TokenSample, template: ChatTemplate) -> NDArray[np.int32]:
+        """The ids up to the assistant's next answer: what a model is served with. A last answer is not looked at.
+
+        Raises:
+            RenderError: the conversation cannot be rendered, or leaves nothing to answer.
+        """
+        messages = sample.record.messages
+        if messages[-1].role == "assistant":
+            messages = messages[:-1]
+        if not messages or messages[-1].role not in ("human", "tool"):
+            raise RenderError(f"{sample.record.id}: has no turn to answer")
+        ids, _ = self._turns(sample, template, messages)
+        return _ids(ids, ChatFormat(template, self.text_tokenizer).opening("assistant"))
+
+    def _turns(
+        self, sample: TokenSample, template: ChatTemplate, messages: Sequence[Message]
+    ) -> tuple[NDArray[np.int32], list[slice]]:
+        chat = ChatFormat(template, self.text_tokenizer)
+        try:
+            return chat.render(messages, lambda part: self._audio_of(sample, part))
+        except TurnError as error:
+            raise RenderError(f"{sample.record.id}: {error}") from None
+
     def _target(self, sample: TokenSample, task: Task) -> NDArray[np.int32]:
         if task == "continuation":
             return _ids(Special.AUDIO_END, Special.EOS)
@@ -122,13 +172,23 @@ class Renderer:
         return pieces
 
     def _audio(self, sample: TokenSample) -> NDArray[np.int64]:
-        """Ids of the record's one recording, five for every 0.12 s."""
-        name = _audio_part(sample.record).audio
-        if name not in sample.speech:
-            raise RenderError(f"{sample.record.id}: has no speech tokens for its audio {name!r}")
-        tokens = sample.speech[name]
+        """Ids of the record's one recording."""
+        return self._audio_of(sample, _audio_part(sample.record))
+
+    def _audio_of(self, sample: TokenSample, part: AudioPart) -> NDArray[np.int64]:
+        """Ids of a recording, five for every 0.12 s."""
         try:
-            ids = merge_streams(tokens.linguistic, tokens.semantic, self.vocabulary)
+            if part.tokens is not None:
+                ids = audio_text_to_ids(part.tokens, self.vocabulary)
+                split_streams(ids, self.vocabulary)
+                # What ends within a group was cut off somewhere, and nothing like it comes out of a tokenizer.
+                if len(ids) % TOKENS_PER_GROUP:
+                    raise ValueError(f"{len(ids)} audio tokens are no whole number of groups of {TOKENS_PER_GROUP}")
+            elif part.audio in sample.speech:
+                tokens = sample.speech[part.audio]
+                ids = merge_streams(tokens.linguistic, tokens.semantic, self.vocabulary)
+            else:
+                raise RenderError(f"{sample.record.id}: has no speech tokens for its audio {part.audio!r}")
         except ValueError as error:
             raise RenderError(f"{sample.record.id}: {error}") from None
         if not len(ids):

@@ -74,7 +74,7 @@ def tokenize(options: TokenizeOptions) -> dict[str, TokenStats]:
         UserError: nothing usable in the source, or an output folder that holds something else.
     """
     text_tokenizer = TextTokenizer.from_file(options.text_tokenizer)
-    renderer = Renderer(Vocabulary(text_tokenizer.size), text_tokenizer)
+    renderer = Renderer(Vocabulary(text_tokenizer.text_size), text_tokenizer)
     if not options.source.exists():
         raise UserError(f"{options.source}: no such file or folder")
     texts = _text_files(options.source)

@@ -73,7 +73,13 @@ class Engine(ABC):
 
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, full fp32 CPU tensor) in the map's order on rank 0. Every rank must iterate."""
+        """Yield (Hugging Face name, full fp32 CPU tensor) in the map's order on rank 0. Every rank must iterate.
+        Adapters are merged in."""
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, full fp32 CPU tensor) of the adapters that `config.lora` asks for on rank 0 (names:
+        models/step1/lora.py). Every rank must iterate. Nothing where all weights are trained."""
+        return iter(())
 
     @abstractmethod
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
@@ -99,8 +105,13 @@ class Engine(ABC):
         return True
 
     @abstractmethod
-    def load(self, directory: Path, optimizer: bool = True) -> None:
-        """Read what `save` wrote, at this or another layout. Without `optimizer`, the weights alone."""
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, at this or another layout. With adapters, the weights that they adapt have to be
+        loaded first.
+
+        Raises:
+            UserError: it was written by an engine with other settings.
+        """
 
     @abstractmethod
     def barrier(self) -> None: ...

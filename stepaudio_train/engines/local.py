@@ -9,21 +9,35 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from stepaudio_train.config.schema import OptimizerConfig, RunConfig
+from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
+from stepaudio_train.engines.hf_model import (
+    OTHER_ADAPTERS,
+    adamw_options,
+    checked,
+    exported,
+    initial_adapters,
+    optimizer_groups,
+)
 from stepaudio_train.engines.precision import choose_device, choose_dtype
+from stepaudio_train.models.step1.lora import adapter_parameters, add_adapters, base_parameters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
-from stepaudio_train.models.step1.weight_map import hf_shapes
+from stepaudio_train.models.step1.weight_map import hf_shapes, num_parameters
 from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs
 
-_MODEL_FILE, _OPTIMIZER_FILE, _STATE_FILE = "model.safetensors", "optimizer.safetensors", "optimizer.json"
+_MODEL_FILE, _ADAPTERS_FILE = "model.safetensors", "adapters.safetensors"
+_OPTIMIZER_FILE, _STATE_FILE = "optimizer.safetensors", "optimizer.json"
 
 
 class LocalEngine(Engine):
-    """The model of models/step1/modeling.py with torch's AdamW. bf16 is autocast over fp32 weights."""
+    """The model of models/step1/modeling.py with torch's AdamW.
+
+    bf16 is autocast over fp32 weights. With adapters (`lora`), the weights that stay as they are lie in bf16 then.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -31,24 +45,34 @@ class LocalEngine(Engine):
         self.data_parallel_rank, self.data_parallel_size = 0, 1
         self.device = choose_device(config.engine.device)
         self.dtype = choose_dtype(config.engine.precision, self.device)
-        self.model = Step1ForCausalLM(config.model).to(self.device)
-        self.optimizer = _make_optimizer(self.model, config.optimizer)
+        self.model = Step1ForCausalLM(config.model)
+        if config.lora is not None:
+            add_adapters(self.model, config.lora)
+            for parameter in self.model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(self.dtype)
+        self.model.to(self.device)
+        self._base, self._adapters = base_parameters(self.model), adapter_parameters(self.model)
+        if config.lora is not None:
+            for name, value in initial_adapters(config, config.lora):
+                self._adapters[name].data.copy_(value)
+        self.optimizer = torch.optim.AdamW(
+            optimizer_groups(self.model, config.optimizer), **adamw_options(config.optimizer)
+        )
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        return num_parameters(self.config.model)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        own = dict(self.model.named_parameters())
         for name, shape in hf_shapes(self.config.model).items():
-            tensor = weights[name]
-            if tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}")
-            own[name].data.copy_(tensor)
+            self._base[name].data.copy_(checked(weights, name, shape))
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        own = dict(self.model.named_parameters())
-        for name in hf_shapes(self.config.model):
-            yield name, own[name].detach().float().cpu().clone()
+        return exported(self.config, self._base, self._adapters, _full)
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._adapters.items():
+            yield name, _full(parameter)
 
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
@@ -78,11 +102,13 @@ class LocalEngine(Engine):
         return _added([self._forward(batch.to(self.device), objective) for batch in micro_batches])
 
     def save(self, directory: Path, background: bool = False) -> None:
-        """Synchronous whatever `background` says: one process has nothing to gain here."""
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-        save_file(weights, directory / _MODEL_FILE)
+        """Synchronous whatever `background` says: one process has nothing to gain here. Of a model with adapters, they
+        alone are written."""
+        trained = self._trained()
+        weights = {name: p.detach().contiguous() for name, p in trained.items()}
+        save_file(weights, directory / (_ADAPTERS_FILE if self._adapters else _MODEL_FILE))
         tensors, steps = {}, {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained.items():
             state = self.optimizer.state.get(parameter)
             if state:
                 steps[name] = float(state["step"])
@@ -91,13 +117,14 @@ class LocalEngine(Engine):
         save_file(tensors, directory / _OPTIMIZER_FILE)
         (directory / _STATE_FILE).write_text(json.dumps({"steps": steps}), encoding="utf-8")
 
-    def load(self, directory: Path, optimizer: bool = True) -> None:
-        self.load_weights(load_file(directory / _MODEL_FILE))
-        if not optimizer:
-            return
+    def load(self, directory: Path) -> None:
+        if (directory / _ADAPTERS_FILE).is_file() or self._adapters:
+            self._load_adapters(directory)
+        else:
+            self.load_weights(load_file(directory / _MODEL_FILE))
         tensors = load_file(directory / _OPTIMIZER_FILE)
         steps = json.loads((directory / _STATE_FILE).read_text(encoding="utf-8"))["steps"]
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained().items():
             if name in steps:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(steps[name]),
@@ -114,6 +141,18 @@ class LocalEngine(Engine):
     def close(self) -> None:
         """Nothing to leave."""
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return self._adapters or self._base
+
+    def _load_adapters(self, directory: Path) -> None:
+        path = directory / _ADAPTERS_FILE
+        saved = load_file(path) if path.is_file() else {}
+        own = {name: parameter.shape for name, parameter in self._adapters.items()}
+        if {name: tensor.shape for name, tensor in saved.items()} != own:
+            raise UserError(OTHER_ADAPTERS.format(directory=directory))
+        for name, parameter in self._adapters.items():
+            parameter.data.copy_(saved[name])
+
     def _forward(self, batch: TokenBatch, objective: Objective) -> ObjectiveOutput:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         recompute = self.config.engine.recompute != "none" and torch.is_grad_enabled()
@@ -124,19 +163,8 @@ class LocalEngine(Engine):
         return objective(TokenOutputs(log_probs), batch)
 
 
-def _make_optimizer(model: Step1ForCausalLM, config: OptimizerConfig) -> torch.optim.AdamW:
-    embeddings = [model.model.embed_tokens.weight, model.lm_head.weight]
-    chosen = {id(p) for p in embeddings}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "learning_rate_multiplier": 1.0},
-        {"params": [p for p in rest if p.ndim == 1], "learning_rate_multiplier": 1.0, "weight_decay": 0.0},
-        {"params": embeddings, "learning_rate_multiplier": config.embedding_learning_rate_multiplier},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+def _full(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
 def _added(outputs: Sequence[ObjectiveOutput]) -> dict[str, tuple[float, float]]:

@@ -27,7 +27,6 @@ TOKENIZER_FILE = "tokenizer.model"
 _AUDIO_NAME = "audio"
 _END_OF_TEXT = (int(Special.TEXT_END), int(Special.EOS))
 _END_OF_AUDIO = (int(Special.AUDIO_END), int(Special.EOS))
-_FIRST_AUDIO_PIECE = "<audio_0>"
 
 
 class SpeechTextModel:
@@ -111,8 +110,7 @@ def as_sample(speech: SpeechTokens, id: str = "speech") -> TokenSample:
 
 
 def _vocabulary(tokenizer: TextTokenizer, vocab_size: int, directory: Path) -> Vocabulary:
-    ids = tokenizer.encode(_FIRST_AUDIO_PIECE)
-    text_size = ids[-1] if tokenizer.decode(ids[-1:]) == _FIRST_AUDIO_PIECE else tokenizer.size
+    text_size = tokenizer.text_size
     vocabulary = Vocabulary(text_size, reserved_size=0)
     reserved = vocab_size - vocabulary.total_size
     if reserved < 0:

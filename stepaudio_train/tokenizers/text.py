@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from stepaudio_train.tokenizers.vocabulary import FIRST_BYTE_ID, FIRST_PIECE_ID, Special
 
 _WORD_MARK = "▁"
+FIRST_AUDIO_PIECE = "<audio_0>"
 _KINDS = sentencepiece_file.ModelProto.SentencePiece
 _META_PIECES = 3
 """<unk>, <s> and </s>: what SentencePiece counts into the vocabulary besides learned pieces."""
@@ -42,22 +43,18 @@ class TextTokenizer:
             FileNotFoundError: no such file.
             ValueError: not a SentencePiece unigram model.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such text tokenizer file")
-        proto = sentencepiece_file.ModelProto()
-        try:
-            proto.ParseFromString(path.read_bytes())
-        except DecodeError as error:
-            raise ValueError(f"{path}: is not a SentencePiece model") from error
-        if proto.trainer_spec.model_type != sentencepiece_file.TrainerSpec.UNIGRAM or not proto.pieces:
-            raise ValueError(f"{path}: is not a SentencePiece unigram model")
-        return cls(_build(proto))
+        return cls(build_tokenizer(read_text_tokenizer(path)))
 
     @property
     def size(self) -> int:
         """Number of ids, control and byte pieces included."""
         return self._tokenizer.get_vocab_size()
+
+    @property
+    def text_size(self) -> int:
+        """Number of ids before `<audio_0>`; `size` where there is none, as in files that this project trains."""
+        first_audio = self._tokenizer.token_to_id(FIRST_AUDIO_PIECE)
+        return self.size if first_audio is None else first_audio
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of `text`; with `add_bos`, behind `<s>`."""
@@ -77,7 +74,23 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def _build(proto: sentencepiece_file.ModelProto) -> Tokenizer:
+def read_text_tokenizer(path: str | PathLike[str]) -> sentencepiece_file.ModelProto:
+    """Read a SentencePiece unigram model. Errors as in `TextTokenizer.from_file`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such text tokenizer file")
+    proto = sentencepiece_file.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path}: is not a SentencePiece model") from error
+    if proto.trainer_spec.model_type != sentencepiece_file.TrainerSpec.UNIGRAM or not proto.pieces:
+        raise ValueError(f"{path}: is not a SentencePiece unigram model")
+    return proto
+
+
+def build_tokenizer(proto: sentencepiece_file.ModelProto, more_pieces: Iterable[str] = ()) -> Tokenizer:
+    """The `tokenizers` object of a SentencePiece unigram model; `more_pieces` get the ids behind the model's own."""
     # The first three pieces count as score 0 whatever the file says, as in the released tokenizer's conversion.
     scored = [(p.piece, p.score if index > 2 else 0.0) for index, p in enumerate(proto.pieces)]
     tokenizer = Tokenizer(models.Unigram(scored, proto.trainer_spec.unk_id, byte_fallback=True))
@@ -92,6 +105,7 @@ def _build(proto: sentencepiece_file.ModelProto) -> Tokenizer:
             if p.type in (_KINDS.UNKNOWN, _KINDS.CONTROL, _KINDS.USER_DEFINED)
         ]
     )
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in more_pieces])
     return tokenizer
 
 

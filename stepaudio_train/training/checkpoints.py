@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.paths import complete_checkpoints, latest_checkpoint
 from stepaudio_train.data.loader import TrainLoader
 from stepaudio_train.engines.base import Engine
 
@@ -92,7 +93,7 @@ class Checkpoints:
             partial = target.with_suffix(".partial")
             (partial / _STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
             partial.rename(target)
-            for old in _complete(self._folder)[: -self._keep]:
+            for old in complete_checkpoints(self._folder)[: -self._keep]:
                 shutil.rmtree(old)
             log.info("saved %s", target)
         self._engine.barrier()
@@ -113,12 +114,6 @@ class Checkpoints:
         return state
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a run's `checkpoints/`."""
-    complete = _complete(folder)
-    return complete[-1] if complete else None
-
-
 def read_state(checkpoint: Path) -> TrainingState:
     return TrainingState(**json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
 
@@ -134,12 +129,6 @@ def require_same_engine(checkpoint: Path, state: TrainingState, engine: str) -> 
             f"{checkpoint}: was written by engine={state.engine}; type engine={state.engine}, or start another run "
             f"from the weights with model.init=RUN_DIR, which reads RUN_DIR/export"
         )
-
-
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".partial")
 
 
 def _require_space(folder: Path, num_parameters: int) -> None:

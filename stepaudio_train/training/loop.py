@@ -18,10 +18,11 @@ from stepaudio_train.data.batch import TASKS, TokenBatch
 from stepaudio_train.data.loader import TrainLoader
 from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
 from stepaudio_train.engines.precision import choose_dtype
+from stepaudio_train.models.step1.lora import write_adapters
 from stepaudio_train.objectives.base import Objective
 from stepaudio_train.training.checkpoints import Checkpoints, TrainingState
 from stepaudio_train.training.loggers import MetricsLogger
-from stepaudio_train.training.report import write_run_report
+from stepaudio_train.training.report import read_metrics, write_run_report
 from stepaudio_train.training.run_directory import RunDirectory
 from stepaudio_train.training.schedule import learning_rate_at
 from stepaudio_train.training.throughput import peak_flops_per_s, sum_of_squared_lengths, training_flops
@@ -49,9 +50,13 @@ def fit(
     """
     training = config.training
     checkpoints = Checkpoints(run.checkpoints, engine, loader, training.keep_checkpoints)
+    if config.lora is not None:
+        # Checkpoints of adapters do not hold the weights that they adapt.
+        initialise(engine, config)
     state = checkpoints.resume()
     if state is None:
-        initialise(engine, config)
+        if config.lora is None:
+            initialise(engine, config)
         state = TrainingState(0, 0, 0.0, config.engine.name)
     else:
         log.info("going on from step %d", state.step)
@@ -97,10 +102,21 @@ def fit(
         if logger is not None:
             logger.close()
     if finished and training.export_hf:
-        export(engine, run.export, config.vocabulary.text_tokenizer)
+        export(engine, run.export, config.vocabulary.text_tokenizer, _last_losses(run))
+    if finished and config.lora is not None:
+        adapters = dict(engine.adapters())
+        if engine.is_main:
+            write_adapters(run.path / "adapters", adapters, config.lora, config.model.init)
     if engine.is_main:
         write_run_report(run.path)
     return finished
+
+
+def _last_losses(run: RunDirectory) -> dict[str, float]:
+    """Losses of the last logged step, held-out ones among them."""
+    lines = read_metrics(run.metrics_file)
+    last = lines[-1] if lines else {}
+    return {name: value for name, value in last.items() if name.removeprefix("val/").startswith("loss")}
 
 
 class _StopOnSignal:

@@ -44,7 +44,7 @@ class CheckpointIO:
         group = self._metadata["dp_cp_group"]
         if group.size() > 1:
             strategy = FullyParallelSaveStrategyWrapper(strategy, group)
-        state = _map_tensors(self._state(optimizer=True, is_loading=False), self._without_padding)
+        state = _map_tensors(self._state(is_loading=False), self._without_padding)
         request = dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=background)
         if request is not None:
             self._queue.schedule_async_request(request)
@@ -54,22 +54,18 @@ class CheckpointIO:
         self._queue.maybe_finalize_async_calls(blocking=wait)
         return self._queue.get_num_unfinalized_calls() == 0
 
-    def load(self, directory: Path, optimizer: bool) -> None:
-        """Every rank calls it. Without `optimizer`, the weights alone.
+    def load(self, directory: Path) -> None:
+        """Every rank calls it.
 
         Raises:
             UserError: the optimizer was written in another form than this run's.
         """
-        if optimizer:
-            self._require_same_optimizer(directory)
-        state = self._state(optimizer, is_loading=True)
+        self._require_same_optimizer(directory)
+        state = self._state(is_loading=True)
         loaded = dist_checkpointing.load(_map_tensors(state, self._without_padding), str(directory))
         for name, chunk in zip(self._chunk_names(), self._chunks, strict=True):
             chunk.module.load_state_dict(_padded_like(loaded[name], state[name]))
-        if optimizer:
-            self._adamw.load_state_dict(_padded_like(loaded["optimizer"], state["optimizer"]))
-        else:
-            self._adamw.megatron.reload_model_params()
+        self._adamw.load_state_dict(_padded_like(loaded["optimizer"], state["optimizer"]))
 
     def _require_same_optimizer(self, directory: Path) -> None:
         common = dist_checkpointing.load_common_state_dict(str(directory))
@@ -83,13 +79,11 @@ class CheckpointIO:
     def _chunk_names(self) -> list[str]:
         return [f"model{i}" for i in range(len(self._chunks))]
 
-    def _state(self, optimizer: bool, is_loading: bool) -> dict[str, Any]:
+    def _state(self, is_loading: bool) -> dict[str, Any]:
         models = {
             name: chunk.module.sharded_state_dict(metadata=self._metadata)
             for name, chunk in zip(self._chunk_names(), self._chunks, strict=True)
         }
-        if not optimizer:
-            return models
         states = self._adamw.megatron.sharded_state_dict(models, is_loading=is_loading, metadata=self._metadata)
         return {**models, "optimizer": states}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,8 @@ from stepaudio_train.engines.megatron.adamw import AdamW
 from stepaudio_train.engines.megatron.checkpoint import CheckpointIO
 from stepaudio_train.engines.megatron.cpu import redirect_cuda_to_cpu
 from stepaudio_train.engines.megatron.settings import ddp_config, transformer_config
-from stepaudio_train.engines.precision import choose_device, choose_dtype
+from stepaudio_train.engines.precision import choose_dtype
+from stepaudio_train.engines.process_group import join_process_group, own_device
 from stepaudio_train.models.step1.megatron_spec import BiasCache, Step1MegatronModel
 from stepaudio_train.models.step1.weight_map import num_parameters
 from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs
@@ -35,11 +35,9 @@ class MegatronEngine(Engine):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.device = _own_device(config.engine.device)
+        self.device = own_device(config.engine.device)
         self._dtype = choose_dtype(config.engine.precision, self.device)
-        self._owns_process_group = not dist.is_initialized()
-        if self._owns_process_group:
-            _join_process_group(self.device)
+        self._owns_process_group = join_process_group(self.device)
         if self.device.type == "cpu":
             redirect_cuda_to_cpu()
         engine = config.engine
@@ -117,8 +115,8 @@ class MegatronEngine(Engine):
     def finish_saving(self, wait: bool) -> bool:
         return self._checkpoints.finish(wait)
 
-    def load(self, directory: Path, optimizer: bool = True) -> None:
-        self._checkpoints.load(directory, optimizer)
+    def load(self, directory: Path) -> None:
+        self._checkpoints.load(directory)
 
     def barrier(self) -> None:
         dist.barrier()
@@ -219,17 +217,3 @@ def _by_name(names: Sequence[str], sums: Sequence[float]) -> dict[str, tuple[flo
 def _finalize_gradients(chunks: list[DistributedDataParallel], num_tokens: Tensor | None, **kwargs: Any) -> None:
     """Add the gradients over data-parallel ranks, and what sequence parallelism cut. The engine scales them."""
     finalize_model_grads(chunks, None, **kwargs)
-
-
-def _own_device(name: str) -> torch.device:
-    if name != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return choose_device(name)
-
-
-def _join_process_group(device: torch.device) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -194,10 +194,11 @@ class Step1ForCausalLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors."""
+        """Write config.json and model.safetensors, all that `from_pretrained` reads."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_released_config(self.config, directory)
+        config = json.dumps(released_config(self.config), indent=2) + "\n"
+        (directory / "config.json").write_text(config, encoding="utf-8")
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
@@ -249,10 +250,10 @@ def read_released_config(directory: Path) -> Step1Config:
     return Step1Config(**{name: fields[name] for name in RELEASED_FIELDS})
 
 
-def write_released_config(config: Step1Config, directory: Path) -> None:
-    """config.json with the released fields. `tie_word_embeddings` is always written, since its absence is read as
-    true by some versions of transformers and vLLM, which then replace the head by the embedding."""
-    fields = {
+def released_config(config: Step1Config) -> dict[str, Any]:
+    """The model's part of a Hugging Face directory's config.json. `tie_word_embeddings` is always there, since its
+    absence is read as true by some versions of transformers and vLLM, which then replace the head by the embedding."""
+    return {
         "architectures": ["Step1ForCausalLM"],
         "model_type": "step1",
         **{name: getattr(config, name) for name in RELEASED_FIELDS},
@@ -261,7 +262,6 @@ def write_released_config(config: Step1Config, directory: Path) -> None:
         "eos_token_id": 3,
         "tie_word_embeddings": False,
     }
-    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

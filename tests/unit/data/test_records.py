@@ -53,7 +53,7 @@ def _with(part: dict) -> dict:
         ('{"id": "x"', "invalid JSON"),
         ({"id": "x"}, "messages: field required"),
         ({"id": " ", "messages": []}, "id: must not be empty; messages: must hold"),
-        ({"id": "x", "messages": [{"role": "user", "content": []}]}, "messages.0.role"),
+        ({"id": "x", "messages": [{"role": "nobody", "content": []}]}, "messages.0.role"),
         (_with({"type": "audio", "audo": "x"}), "messages.0.content.0.audo: unknown field"),
         (_with({"type": "picture"}), "messages.0.content.0"),
         (_with({"type": "audio", "audio": "x", "duration_s": "long"}), "messages.0.content.0.duration_s"),
@@ -80,6 +80,25 @@ def test_errors_name_the_field(content, expected):
         parse_record(text, "m.jsonl:7")
     assert str(caught.value).startswith("m.jsonl:7: ")
     assert expected in str(caught.value)
+
+
+def test_other_ways_of_writing_are_taken():
+    written = {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a digit"}]}
+    record = parse_record(json.dumps(written), "m.jsonl:7", default_id="7")
+    human, assistant = Message("human", (TextPart("what?"),)), Message("assistant", (TextPart("a digit"),))
+    assert record == Record("7", (human, assistant))
+    with pytest.raises(RecordError, match="id: field required"):
+        parse_record(json.dumps(written), "m.jsonl:7")
+    with pytest.raises(RecordError, match=r"messages\.1\.role: .*got 'usr'"):
+        wrong = [written["messages"][0], {"role": "usr", "content": "x"}]
+        parse_record(json.dumps({"id": "x", "messages": wrong}), "m.jsonl:7")
+
+
+def test_codes_stand_for_a_recording():
+    record = parse_record(json.dumps(_with({"type": "audio", "tokens": "<audio_1>"})), "here")
+    assert record.audio_parts() == [AudioPart(tokens="<audio_1>")]
+    with pytest.raises(RecordError, match=r"content\.0\.audio: must name a file, or tokens"):
+        parse_record(json.dumps(_with({"type": "audio", "text": "one"})), "here")
 
 
 def test_errors_name_file_and_line(tmp_path):

@@ -1,0 +1,80 @@
+"""Typed, frozen configuration of supervised fine-tuning. Imports no torch."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from stepaudio_train.config.schema import EngineConfig, OptimizerConfig, RunConfig, TrainingConfig
+from stepaudio_train.config.shorthand import NamedByFile
+
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+
+ChatTemplate = Literal["tts", "chat"]
+AnswerLoss = Literal["last", "all"]
+
+
+@dataclass(frozen=True)
+class SftDataConfig(NamedByFile):
+    """Conversations to learn from. `data=FILE` means `data.path=FILE`."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str = ""
+    """JSONL file, a conversation a line (docs/fine_tuning.md). Required."""
+    template: ChatTemplate = "tts"
+    """How turns are opened, as the released models were: `<|BOT|> human` (tts: TTS-3B, EditX) or `<|BOT|>human`
+    (chat: Chat)."""
+    loss: AnswerLoss = "last"
+    """Which of a conversation's answers teach; the paper trains on the last one (5.2)."""
+    speech_tokenizer: str | None = None
+    """Directory of the speech tokenizer, for recordings that come without their codes."""
+    epochs: float = 1.0
+    """How often the file is gone through. No effect when training.max_steps is given."""
+
+
+@dataclass(frozen=True)
+class SftTrainingConfig(TrainingConfig):
+    """Sizes and length of a fine-tuning run."""
+
+    max_steps: int = 0
+    """0: as many as data.epochs takes."""
+    sequence_length: int = 4096
+    micro_batch_rows: int = 1
+
+
+def _paper_optimizer() -> OptimizerConfig:
+    """Rates of the paper's TTS fine-tuning (5.1)."""
+    return OptimizerConfig(learning_rate=2e-5, min_learning_rate=2e-6, schedule="cosine")
+
+
+@dataclass(frozen=True)
+class SftConfig(RunConfig):
+    """A fine-tuning run (paper 5.1, 5.2): conversations in, a model that answers out."""
+
+    __pydantic_config__ = _STRICT
+
+    run_dir: str = "runs/sft"
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(precision="auto"))
+    optimizer: OptimizerConfig = field(default_factory=_paper_optimizer)
+    training: SftTrainingConfig = field(default_factory=SftTrainingConfig)
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+    validation: str | None = None
+    """JSONL file of held-out conversations; template, loss and speech tokenizer are those of `data`."""
+
+
+def with_text_tokenizer(config: SftConfig) -> SftConfig:
+    """`config` with vocabulary.text_tokenizer set: what was given, or else the file that came with the weights."""
+    if config.vocabulary.text_tokenizer is not None or config.model.init is None:
+        return config
+    init = Path(config.model.init)
+    found = [folder / "tokenizer.model" for folder in (init, init / "export")]
+    given = next((str(path) for path in found if path.is_file()), None)
+    return replace(config, vocabulary=replace(config.vocabulary, text_tokenizer=given))
+
+
+def with_max_steps(config: SftConfig, steps_of_epochs: int) -> SftConfig:
+    """`config` with training.max_steps set: what was given, or else the steps that data.epochs takes."""
+    max_steps = config.training.max_steps or steps_of_epochs
+    return replace(config, training=replace(config.training, max_steps=max_steps))

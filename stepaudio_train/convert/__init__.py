@@ -1,0 +1,1 @@
+"""Weights and directories of every format, in and out."""

@@ -1,0 +1,120 @@
+"""`stepaudio run sft` as a user types it: it learns the answers, and one that was killed goes on as if nothing were."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stepaudio_train.config.schema import ModelConfig, VocabularyConfig
+from stepaudio_train.config.sft import SftConfig
+from stepaudio_train.engines.build import build_engine
+from stepaudio_train.testing.token_data import WORDS, write_text_tokenizer
+from stepaudio_train.training.weights import export, initialise
+
+QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "logging.progress_bar=false", "engine.device=cpu"]
+SMALL = ["model=step1_debug", "vocabulary=small", "engine.precision=fp32", "optimizer.learning_rate=3e-3"]
+ROWS = ["training.sequence_length=128", "training.global_batch_rows=4", "training.micro_batch_rows=2"]
+LAYOUTS = {"local": (1, ["engine=local"]), "megatron": (2, ["engine=megatron"])}
+LENGTH = ["data.epochs=1.5", "training.checkpoint_every=4"]
+
+
+def spoken(digit: int) -> str:
+    """A made-up recording of a digit: the same two groups of codes, always."""
+    group = [20 * digit, 20 * digit + 1, *(1024 + 40 * digit + i for i in range(3))]
+    return "".join(f"<audio_{code}>" for code in group * 2)
+
+
+def conversations(count: int, offset: int = 0) -> str:
+    """Which digit is said, after a system prompt."""
+    lines = []
+    for i in range(offset, offset + count):
+        digit = i % len(WORDS)
+        heard = [{"type": "audio", "tokens": spoken(digit)}]
+        turns = (("system", "write down what is said"), ("user", heard), ("assistant", WORDS[digit]))
+        lines.append(json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Weights with their text tokenizer, conversations with a broken line, and held-out ones."""
+    folder = tmp_path_factory.mktemp("sft")
+    tokenizer = write_text_tokenizer(folder / "text.model")
+    config = SftConfig(model=ModelConfig(), vocabulary=VocabularyConfig(text_tokenizer=str(tokenizer)))
+    engine = build_engine(config)
+    initialise(engine, config)
+    export(engine, folder / "weights", str(tokenizer), {})
+    (folder / "my.jsonl").write_text(conversations(60) + "not JSON\n")
+    (folder / "held_out.jsonl").write_text(conversations(10))
+    return folder
+
+
+def command(files: Path, run_dir: Path, num_processes: int, *overrides: str) -> list[str]:
+    program = [sys.executable, "-m", "stepaudio_train.cli", "run", "sft", *SMALL, *ROWS, *QUIET]
+    data = [f"model.init={files / 'weights'}", f"data={files / 'my.jsonl'}", f"validation={files / 'held_out.jsonl'}"]
+    return [*program, *data, *overrides, f"run_dir={run_dir}", "--nproc", str(num_processes)]
+
+
+def lines_of(run_dir: Path) -> list[dict]:
+    file = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def trajectory(run_dir: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def straight(files, tmp_path_factory) -> dict[str, Path]:
+    """Run directories of runs that nothing disturbed."""
+    runs = {name: tmp_path_factory.mktemp("runs") / name for name in LAYOUTS}
+    for name, (num_processes, overrides) in LAYOUTS.items():
+        arguments = command(files, runs[name], num_processes, *LENGTH, *overrides)
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "left out" in done.stderr and "my.jsonl:61" in done.stderr
+    return runs
+
+
+def test_answers_are_learned_alike_in_one_process_and_two(straight):
+    local, megatron = (lines_of(straight[name]) for name in LAYOUTS)
+    assert [line["loss"] for line in megatron] == pytest.approx([line["loss"] for line in local], rel=1e-4)
+    assert local[-1]["val/loss/task/chat"] < 0.5 * local[0]["loss"]
+    assert megatron[-1]["val/loss/text"] == pytest.approx(local[-1]["val/loss/text"], rel=1e-4)
+
+
+def test_run_directory_says_what_was_learned_from(straight):
+    run = straight["local"]
+    report = json.loads((run / "data_report.json").read_text())
+    assert (report["data"]["conversations"], report["data"]["num_refused"]) == (60, 1)
+    assert report["validation"]["conversations"] == 10
+    assert f"max_steps: {len(lines_of(run))}\n" in (run / "config.yaml").read_text()
+    exported = {path.name for path in (run / "export").iterdir()}
+    assert {"config.json", "tokenizer.model", "model.safetensors.index.json"} <= exported
+
+
+def test_killed_run_goes_on_bit_for_bit(files, straight, tmp_path):
+    num_processes, overrides = LAYOUTS["local"]
+    arguments = command(files, tmp_path / "killed", num_processes, *LENGTH, *overrides)
+    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(lines_of(tmp_path / "killed")) < 6:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert "going on from step" in done.stderr
+    assert trajectory(tmp_path / "killed") == trajectory(straight["local"])
+
+
+def test_refused_command_says_what_to_type(files, tmp_path):
+    done = subprocess.run(command(files, tmp_path / "run", 1, "data=absent.jsonl"), capture_output=True, text=True)
+    assert done.returncode == 2 and "data=absent.jsonl: no such file" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

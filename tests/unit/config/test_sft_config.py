@@ -1,0 +1,99 @@
+"""Fine-tuning's configuration: the paper's rates, a file by its name, and everything that is missing told at once."""
+
+from pathlib import Path
+
+import pytest
+
+from stepaudio_train.config.checks import sft_problems
+from stepaudio_train.config.compose import load_config, read_config, save_config
+from stepaudio_train.config.errors import ConfigError
+from stepaudio_train.config.paths import configs_dir
+from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.sft import SftConfig, with_max_steps, with_text_tokenizer
+
+EXPERIMENTS = sorted(p.stem for p in (configs_dir() / "experiment").glob("sft_*.yaml"))
+WORLD_SIZES = {"sft_3b_lora": 1, "sft_3b_zero3": 8, "sft_3b_megatron": 8}
+
+
+def load(*overrides: str) -> SftConfig:
+    return load_config("sft", SftConfig, overrides)
+
+
+def problems_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config("sft", SftConfig, overrides, sft_problems)
+    return str(caught.value)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Overrides of a run whose files are all there."""
+    init = tmp_path / "weights"
+    init.mkdir()
+    (init / "tokenizer.model").touch()
+    (tmp_path / "my.jsonl").touch()
+    return [f"model.init={init}", f"data={tmp_path / 'my.jsonl'}"]
+
+
+def test_defaults_are_the_papers(files):
+    config = load_config("sft", SftConfig, files, sft_problems)
+    rates = config.optimizer
+    assert (rates.learning_rate, rates.min_learning_rate, rates.schedule) == (2e-5, 2e-6, "cosine")
+    assert (config.data.epochs, config.data.loss, config.training.max_steps) == (1.0, "last", 0)
+    assert (config.model.num_hidden_layers, config.vocabulary.text_size) == (32, 65536)
+
+
+def test_a_file_is_named_where_pretraining_has_a_group(files):
+    config = load("data=synthetic", "validation=held_out.jsonl", "data.template=chat")
+    assert (config.data.path, config.data.template, config.validation) == ("synthetic", "chat", "held_out.jsonl")
+    assert load("+data=my.jsonl").data.path == "my.jsonl"
+    assert load_config("pretrain", PretrainConfig, ["data=quickstart"]).data.num_streams == 2
+
+
+def test_everything_missing_is_told_together(tmp_path):
+    message = problems_of(
+        "data=absent.jsonl", "validation=gone.jsonl", "data.epochs=0", "data.speech_tokenizer=nowhere"
+    )
+    for part in ("data=absent.jsonl: no such file", "validation=gone.jsonl", "data.epochs=0.0", "type model.init=DIR"):
+        assert part in message
+    assert "data.speech_tokenizer=nowhere: no such folder" in message
+    assert "type data=FILE.jsonl" in problems_of(f"model.init={tmp_path}")
+    assert "type vocabulary.text_tokenizer=FILE.model" in problems_of(f"model.init={tmp_path}")
+
+
+def test_misspelt_keys_are_refused(files):
+    assert "did you mean data.template?" in problems_of(*files, "data.tmeplate=chat")
+    assert "data.loss" in problems_of(*files, "data.loss=first")
+    assert "training.max_steps=-1: must be at least 0" in problems_of(*files, "training.max_steps=-1")
+
+
+def test_the_text_tokenizer_comes_with_the_weights(tmp_path):
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    (run / "export" / "tokenizer.model").touch()
+    config = with_text_tokenizer(load(f"model.init={run}"))
+    assert config.vocabulary.text_tokenizer == str(run / "export" / "tokenizer.model")
+    given = load(f"model.init={run}", "vocabulary.text_tokenizer=mine.model")
+    assert with_text_tokenizer(given) == given
+
+
+def test_steps_come_from_the_epochs_unless_given():
+    assert with_max_steps(load(), 12).training.max_steps == 12
+    assert with_max_steps(load("training.max_steps=5"), 12).training.max_steps == 5
+
+
+def test_saved_configuration_reads_back_equal(tmp_path, files):
+    config = with_max_steps(load(*files, "lora.rank=4"), 3)
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(SftConfig, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_shipped_experiments_lack_nothing_but_files(name, files, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(WORLD_SIZES[name]))
+    config = load_config("sft", SftConfig, [f"experiment={name}", *files], sft_problems)
+    assert (config.optimizer.learning_rate, config.optimizer.schedule) == (2e-5, "cosine") or config.lora is not None
+
+
+def test_every_experiment_is_tested():
+    assert set(EXPERIMENTS) == set(WORLD_SIZES)
