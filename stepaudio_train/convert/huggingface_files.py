@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class SafetensorsWriter:
         self._shards = (
             {"model.safetensors": hf_shapes(model)}
             if shard_bytes is None
-            else _shards(hf_shapes(model), dtype, shard_bytes)
+            else plan_shards(hf_shapes(model), dtype, shard_bytes)
         )
         self._has_index = shard_bytes is not None
 
@@ -130,16 +131,23 @@ class SafetensorsWriter:
         """Write the index."""
         if not self._has_index:
             return
-        total = sum(place.num_bytes for place in self._places.values())
-        weight_map = {name: file for file, shapes in self._shards.items() for name in shapes}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(make_index(self._shards, self._dtype), indent=2) + "\n"
+        (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _shards(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File -> name -> shape, in order, each file at most `shard_bytes` unless one tensor is larger."""
+Shards = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""File -> name of a tensor -> its shape, in the order in which they lie in the file."""
+
+
+def make_index(shards: Shards, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of model.safetensors.index.json."""
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shapes in shards.values() for shape in shapes.values()]
+    weight_map = {name: file for file, shapes in shards.items() for name in shapes}
+    return {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+
+
+def plan_shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> Shards:
+    """Which file holds what: each file at most `shard_bytes`, unless one tensor is larger."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
     for name, shape in shapes.items():

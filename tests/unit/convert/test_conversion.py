@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepaudio_train.commands.convert import ConvertOptions, run_conversion
+from stepaudio_train.config.compose import load_config
 from stepaudio_train.config.errors import ConfigError, UserError
-from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.config.schema import PretrainConfig, Step1Config
 from stepaudio_train.convert.companions import write_companions
 from stepaudio_train.convert.conversion import Destination, convert
-from stepaudio_train.convert.huggingface_files import SafetensorsWriter
+from stepaudio_train.convert.huggingface_files import SafetensorsWriter, make_index, plan_shards
 from stepaudio_train.convert.sources import open_source
 from stepaudio_train.convert.tensor_files import WeightError
 from stepaudio_train.convert.verify import verify
@@ -277,3 +278,24 @@ def test_a_checkpoint_of_another_model_is_named(directory, tmp_path):
     other = make_directory(tmp_path / "other", replace(MODEL, intermediate_size=64))
     with pytest.raises(WeightError, match=r"linear_fc1\.weight has shape \[96, 32\], the model needs \[128, 32\]"):
         run(out, tmp_path / "hf", "hf", config=other)
+
+
+SHAPES = Path(__file__).resolve().parents[4] / "shared" / "reference" / "shapes"
+
+
+@pytest.mark.parametrize(
+    "preset, file, total_bytes",
+    [
+        ("step1_3b", "step_audio_tts_3b.json", 7_059_412_992),
+        ("step1_130b", "step_audio_chat_130b.json", 263_893_180_416),
+    ],
+)
+def test_exported_names_shapes_and_sizes_are_the_released_ones(preset, file, total_bytes):
+    model = load_config("pretrain", PretrainConfig, [f"model={preset}", "vocabulary=released"]).model
+    shards = plan_shards(hf_shapes(model), torch.bfloat16)
+    assert make_index(shards, torch.bfloat16)["metadata"]["total_size"] == total_bytes
+    assert list(shards)[:2] == ["model-00001.safetensors", "model-00002.safetensors"]
+    if not (SHAPES / file).is_file():
+        pytest.skip("needs the released shapes in ../shared/reference/shapes")
+    released = json.loads((SHAPES / file).read_text())
+    assert {name: list(shape) for shapes in shards.values() for name, shape in shapes.items()} == released
