@@ -169,14 +169,14 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         commands,
         "plan",
         _plan,
-        "memory of a pretraining run on each rank, before it is started",
-        needs="nothing but a configuration: no GPU, no data.",
+        "memory of a run on each rank, before it is started",
+        needs="nothing but a configuration: no GPU, no data, no weights.",
         example="stepaudio plan model=step1_130b vocabulary=released engine=megatron engine.tensor_parallel=8 "
-        "engine.pipeline_parallel=8 --world-size 512 --memory-gib 80",
+        "engine.pipeline_parallel=8 --world-size 512 --memory-gib 80\n"
+        "  stepaudio plan --recipe sft experiment=sft_3b_lora --world-size 1 --memory-gib 80",
     )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/pretrain.yaml"
-    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/RECIPE.yaml")
+    parser.add_argument("--recipe", choices=("pretrain", "sft"), help="whose configuration (default pretrain)")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks in all (default: one model replica)")
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a device; says whether it fits")
     parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the resolved configuration as YAML")

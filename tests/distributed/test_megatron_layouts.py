@@ -28,7 +28,7 @@ from stepaudio_train.testing.distributed import run_distributed
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
 PRELOAD = ["stepaudio_train.engines.megatron.engine"]
-STEPS, ROWS, LENGTH = 4, 8, 64
+STEPS, ROWS, LENGTH = 10, 8, 64
 
 # An odd vocabulary: tensor parallelism has to pad it.
 VOCABULARY = VocabularyConfig(text_size=345, linguistic_size=64, semantic_size=96, reserved_size=0)

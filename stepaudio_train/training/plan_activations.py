@@ -1,0 +1,137 @@
+"""What `stepaudio plan` counts of the batch: activations, the head's working memory, gradients as they are made."""
+
+from __future__ import annotations
+
+import math
+
+from stepaudio_train.config.schema import RunConfig
+from stepaudio_train.training.plan_states import States, compute_bytes, is_mixed, largest_embedding, trained_elements
+
+_HEAD_CHUNK_TOKENS = 1024
+_MEGATRON_CHUNK_ELEMENTS = {"cpu": 2**21, "gpu": 2**26}
+"""Logits that are worked on at a time: models/step1/modeling.py and models/step1/vocab_parallel.py."""
+
+
+def activation_bytes(config: RunConfig, stage: int, micro_batches: int, states: States) -> int:
+    """What the fullest moment of a step holds beyond `states`.
+
+    Three moments can be the fullest: the loss, when all activations are there; the end of the backward, when the
+    embedding's gradient is made; the update. Gradients that come with the backward are not there at the first loss,
+    and activations take their place; from the second micro-batch on, both are there.
+    """
+    kept = kept_bytes(config, stage, micro_batches)
+    last, others = stage == config.engine.pipeline_parallel - 1, kept - kept_bytes(config, stage, 1)
+    absent = states.late_gradients if micro_batches == 1 else 0
+    loss = kept + _layer_backward_bytes(config)
+    if last:
+        loss = max(kept + _head_forward_bytes(config), kept + _head_backward_bytes(config), loss)
+    made = 0
+    if stage == 0 and config.lora is None:
+        # Of the first micro-batch it becomes the gradient itself.
+        made = (
+            largest_embedding(config) * _gradient_bytes(config) if micro_batches > 1 or not states.late_gradients else 0
+        )
+    return max(loss - absent, others + made, states.update, 0)
+
+
+def kept_bytes(config: RunConfig, stage: int, micro_batches: int) -> int:
+    """Activations of all micro-batches in flight at a stage."""
+    model, engine = config.model, config.engine
+    pp, vp = engine.pipeline_parallel, engine.virtual_pipeline
+    layer = layer_activation_bytes(config)
+    kept = _tokens(config) * _residual_bytes(config) * model.hidden_size // engine.tensor_parallel
+    if not _recomputes(config):
+        kept = layer
+    in_flight = pp - stage if vp == 1 else 2 * (pp - stage - 1) + (vp - 1) * pp + 1
+    total = min(micro_batches * vp, in_flight) * (model.num_hidden_layers // (pp * vp)) * kept
+    total += layer if _recomputes(config) else 0
+    if engine.device == "cpu":
+        heads = model.num_attention_heads // engine.tensor_parallel
+        total += heads * config.training.sequence_length**2 * compute_bytes(config)
+    return total
+
+
+def layer_activation_bytes(config: RunConfig) -> int:
+    """What one layer of one rank keeps of a micro-batch for its backward, without recomputation."""
+    model, engine = config.model, config.engine
+    h, kv, inner = model.hidden_size, model.num_attention_groups * model.head_dim, model.intermediate_size
+    on_cpu = engine.device == "cpu"
+    norms, joined = (2 * h, h) if on_cpu else (0, 0)
+    low_rank = config.lora.rank * len(config.lora.targets) if config.lora is not None else 0
+    tokens, size = _tokens(config), compute_bytes(config)
+    if is_mixed(config) and config.lora is not None:
+        return tokens * size * (10 * h + norms + joined + 2 * kv + 4 * inner + low_rank)
+    if is_mixed(config):
+        return tokens * (4 * (2 * h + norms) + size * (7 * h + joined + 2 * kv + 4 * inner))
+    unfused = inner if on_cpu or engine.name != "megatron" else 0
+    elements = 6 * h + 2 * kv + 3 * inner + norms + joined + unfused + low_rank
+    return tokens * size * elements // engine.tensor_parallel
+
+
+def _layer_backward_bytes(config: RunConfig) -> int:
+    """Gradients of activations while one layer's backward runs, beyond what it has given back by then."""
+    return _tokens(config) * compute_bytes(config) * 2 * config.model.intermediate_size // config.engine.tensor_parallel
+
+
+def _head_forward_bytes(config: RunConfig) -> int:
+    """The final norm, the head's input, and what the logits take; in mixed precision the cast weights of all layers."""
+    rows, width, tokens, size = _vocab_rows(config), config.model.hidden_size, _tokens(config), compute_bytes(config)
+    total = _norm_bytes(config) + tokens * width * size
+    if config.engine.name == "megatron":
+        # Gathered over the tensor-parallel ranks, then the wanted tokens of it; the exponentials are kept.
+        return total + tokens * (width + rows) * size + _megatron_chunk_bytes(config)
+    if is_mixed(config):
+        total += size * (trained_elements(config, 0) - (largest_embedding(config) if config.lora is None else 0))
+        total += size * largest_embedding(config) if config.lora is not None else 0
+    # The product, its copy in fp32, and the exponentials in it.
+    return total + min(tokens, _HEAD_CHUNK_TOKENS) * rows * (8 + (size if size < 4 else 0))
+
+
+def _head_backward_bytes(config: RunConfig) -> int:
+    """The head's input, the weight's gradient in fp32 and a chunk's share of it, and the chunk's own gradient."""
+    rows, width, tokens, size = _vocab_rows(config), config.model.hidden_size, _tokens(config), compute_bytes(config)
+    total = _norm_bytes(config) + 2 * tokens * width * size
+    if config.engine.name == "megatron":
+        # Once of the real rows, once with the vocabulary's padding.
+        return total + tokens * (width + rows) * size + 2 * rows * width * size
+    if is_mixed(config):
+        cast = 0 if _recomputes(config) else trained_elements(config, 0)
+        total += size * max(cast - (largest_embedding(config) if config.lora is None else 0), rows * width)
+    return total + rows * width * (4 + size) + min(tokens, _HEAD_CHUNK_TOKENS) * rows * (4 if size == 4 else 6)
+
+
+def _norm_bytes(config: RunConfig) -> int:
+    """The final norm's input; on a CPU its normalised input too; its output, of which the head takes what it wants."""
+    copies = 3 if config.engine.device == "cpu" else 2
+    return (
+        copies * _tokens(config) * config.model.hidden_size * _residual_bytes(config) // config.engine.tensor_parallel
+    )
+
+
+def _megatron_chunk_bytes(config: RunConfig) -> int:
+    elements = _MEGATRON_CHUNK_ELEMENTS["cpu" if config.engine.device == "cpu" else "gpu"]
+    return 4 * min(elements, _tokens(config) * _vocab_rows(config))
+
+
+def _gradient_bytes(config: RunConfig) -> int:
+    """Bytes of a number of a weight's gradient as the backward makes it."""
+    return 4 if is_mixed(config) else compute_bytes(config)
+
+
+def _residual_bytes(config: RunConfig) -> int:
+    """Autocast keeps what is added to in the embedding's type."""
+    return 4 if is_mixed(config) and config.lora is None else compute_bytes(config)
+
+
+def _recomputes(config: RunConfig) -> bool:
+    """Only Megatron knows `selective`, which gives back nothing that counts here: attention keeps no scores."""
+    recompute = config.engine.recompute
+    return recompute == "full" if config.engine.name == "megatron" else recompute != "none"
+
+
+def _tokens(config: RunConfig) -> int:
+    return config.training.micro_batch_rows * config.training.sequence_length
+
+
+def _vocab_rows(config: RunConfig) -> int:
+    return math.ceil(config.model.vocab_size / config.engine.tensor_parallel)
