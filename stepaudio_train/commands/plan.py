@@ -6,9 +6,9 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -17,10 +17,14 @@ from rich.table import Table
 from stepaudio_train.config.checks import layout_problems
 from stepaudio_train.config.compose import load_config, save_config
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import PretrainConfig, RunConfig
+from stepaudio_train.config.sft import SftConfig
 
 if TYPE_CHECKING:
     from stepaudio_train.training.plan import RunPlan
+
+Recipe = Literal["pretrain", "sft"]
+_CONFIGS: dict[Recipe, type[RunConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class PlanOptions:
     """What `stepaudio plan` is asked."""
 
     overrides: Sequence[str] = ()
+    recipe: Recipe = "pretrain"
+    """Which `configs/RECIPE.yaml` they change."""
     world_size: int | None = None
     """Ranks in all; None: those of one model replica."""
     memory_gib: float | None = None
@@ -37,19 +43,22 @@ class PlanOptions:
 
 
 def show_plan(options: PlanOptions) -> int:
-    """Print the plan of `configs/pretrain.yaml` with overrides. Exit status 1: it does not fit `memory_gib`.
+    """Print the plan of a recipe's configuration with overrides. Exit status 1: it does not fit `memory_gib`.
 
     Raises:
-        ConfigError: the configuration or its layout is refused. Data folders are not looked at.
+        ConfigError: the configuration or its layout is refused. Data and weights are not looked at.
     """
-    config = load_config("pretrain", PretrainConfig, options.overrides)
+    config = load_config(options.recipe, _CONFIGS[options.recipe], options.overrides)
     ranks = options.world_size or config.engine.tensor_parallel * config.engine.pipeline_parallel
-    problems = layout_problems(config, ranks)
+    # Adapters need weights to adapt; which ones does not matter here.
+    started = replace(config, model=replace(config.model, init=config.model.init or "DIR"))
+    problems = layout_problems(started, ranks)
     if problems:
         raise ConfigError(problems)
     # Only now: they bring in torch, which takes seconds, and a refusal should take none.
     from stepaudio_train.models.step1.weight_map import hf_shapes
-    from stepaudio_train.training.plan import plan_run, remedies
+    from stepaudio_train.training.plan import plan_run
+    from stepaudio_train.training.plan_remedies import remedies
 
     if options.write_config is not None:
         save_config(config, options.write_config)
@@ -68,8 +77,11 @@ def show_plan(options: PlanOptions) -> int:
     console.print(f"It does not fit: {_gib(plan.peak)} GiB on the fullest rank, {memory_gib:g} GiB there are.")
     found = remedies(config, ranks, memory_gib * 2**30)
     for remedy in found:
-        typed = " ".join(shlex.quote(override) for override in remedy.overrides)
-        console.print(f"It would ({_gib(remedy.peak)} GiB, {remedy.world_size} ranks) with: {typed}", soft_wrap=True)
+        changes = [shlex.quote(override) for override in remedy.overrides]
+        changes += [f"--world-size {remedy.world_size}"] if remedy.world_size != ranks else []
+        host = f", {_gib(remedy.host)} GiB of host memory each" if remedy.host else ""
+        told = f"It would ({_gib(remedy.peak)} GiB, {remedy.world_size} ranks{host}) with: {' '.join(changes)}"
+        console.print(told, soft_wrap=True)
     if not found:
         console.print("No layout of this model and row length fits; type a smaller training.sequence_length or model=.")
     return 1
@@ -81,13 +93,28 @@ def _show(console: Console, plan: RunPlan) -> None:
         f"{plan.micro_batches} micro-batch(es) a step on each",
         soft_wrap=True,
     )
-    columns = ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "runtime", "total")
-    table = Table(*columns, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in table.columns[1:]:
+    columns = ("stage", "parameters", "weights", "gradients", "optimizer", "buffers", "activations", "runtime", "total")
+    rows = [
+        (
+            str(stage.stage),
+            _count(stage.parameters),
+            *(_gib(n) for n in (stage.weights, stage.gradients, stage.optimizer, stage.buffers)),
+            *(_gib(n) for n in (stage.activations, stage.runtime, stage.total, stage.host)),
+        )
+        for stage in plan.stages
+    ]
+    # In a terminal of 80 columns there is room for those that say something.
+    said = {
+        "stage": len(plan.stages) > 1,
+        "buffers": any(stage.buffers for stage in plan.stages),
+        "host": any(stage.host for stage in plan.stages),
+    }
+    shown = [index for index, column in enumerate((*columns, "host")) if said.get(column, True)]
+    table = Table(*((*columns, "host")[i] for i in shown), box=SIMPLE, pad_edge=False, padding=0)
+    for column in table.columns:
         column.justify = "right"
-    for stage in plan.stages:
-        sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.runtime, stage.total)
-        table.add_row(str(stage.stage), _count(stage.parameters), *(_gib(size) for size in sizes))
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
     table.caption = "per rank, GiB; how each is counted: stepaudio_train/training/plan.py"
     console.print(table)
 

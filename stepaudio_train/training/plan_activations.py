@@ -56,16 +56,26 @@ def layer_activation_bytes(config: RunConfig) -> int:
     model, engine = config.model, config.engine
     h, kv, inner = model.hidden_size, model.num_attention_groups * model.head_dim, model.intermediate_size
     on_cpu = engine.device == "cpu"
-    norms, joined = (2 * h, h) if on_cpu else (0, 0)
     low_rank = config.lora.rank * len(config.lora.targets) if config.lora is not None else 0
-    tokens, size = _tokens(config), compute_bytes(config)
+    tokens, size, norms = _tokens(config), compute_bytes(config), 2 * _norm_copies(config) * h
+    # On a CPU attention goes document by document, and joins the outputs.
+    joined = h if on_cpu else 0
     if is_mixed(config) and config.lora is not None:
-        return tokens * size * (10 * h + norms + joined + 2 * kv + 4 * inner + low_rank)
+        return tokens * size * (10 * h + norms + 2 * kv + 4 * inner + low_rank)
     if is_mixed(config):
         return tokens * (4 * (2 * h + norms) + size * (7 * h + joined + 2 * kv + 4 * inner))
     unfused = inner if on_cpu or engine.name != "megatron" else 0
     elements = 6 * h + 2 * kv + 3 * inner + norms + joined + unfused + low_rank
     return tokens * size * elements // engine.tensor_parallel
+
+
+def _norm_copies(config: RunConfig) -> int:
+    """What a norm keeps beside its input, in such inputs, where it is not one kernel, which is on a CPU: the input in
+    fp32, and in fp32 the normalised one, which the gradient of its weight needs."""
+    if config.engine.device != "cpu":
+        return 0
+    in_fp32 = 1 if _residual_bytes(config) == 4 else 2
+    return (in_fp32 - 1) + (in_fp32 if config.lora is None else 0)
 
 
 def _layer_backward_bytes(config: RunConfig) -> int:
@@ -102,7 +112,7 @@ def _head_backward_bytes(config: RunConfig) -> int:
 
 def _norm_bytes(config: RunConfig) -> int:
     """The final norm's input; on a CPU its normalised input too; its output, of which the head takes what it wants."""
-    copies = 3 if config.engine.device == "cpu" else 2
+    copies = 2 + _norm_copies(config)
     return (
         copies * _tokens(config) * config.model.hidden_size * _residual_bytes(config) // config.engine.tensor_parallel
     )

@@ -5,9 +5,11 @@ Import this after DS_ACCELERATOR is set: DeepSpeed chooses its accelerator when 
 
 from __future__ import annotations
 
+import importlib
+import io
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 
 import deepspeed
 import torch
@@ -53,6 +55,9 @@ class ZeroModel:
         settings = deepspeed_config(config, device, dtype)
         # ZeRO-3 replaces this by a version that keeps no whole weights for the backward, for good.
         self._torch_linear = torch.nn.functional.linear
+        if config.lora is not None:
+            # It imports torch's compiler, which does not bear the changes that zero.Init makes to torch meanwhile.
+            importlib.import_module("peft")
         # Cut up layer by layer as it is made: no rank ever holds it all.
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else nullcontext():
             model = _Trained(config.model)
@@ -63,9 +68,11 @@ class ZeroModel:
         groups = optimizer_groups(model, config.optimizer)
         self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         optimizer = torch.optim.AdamW(groups, **adamw_options(config.optimizer))
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        # Its bf16 optimizer prints what memory it takes, a screen of it.
+        with redirect_stdout(io.StringIO()):
+            self.engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
 
     @property
     def model(self) -> Step1ForCausalLM:
