@@ -1,6 +1,6 @@
 """Peak memory of training steps on a CPU, against what `stepaudio plan` says: engines and layouts at a small size.
 
-    .venv/bin/python benchmarks/memory.py [--only WORD ...] [--json FILE] [KEY=VALUE ...]
+    .venv/bin/python benchmarks/memory.py [KEY=VALUE ...] [--json FILE] [--only WORD ...]
 
 Each layout trains in fresh processes. Counted is the resident memory of a rank at its fullest during two steps, above
 what the process held before its engine was built; a tiny engine has been built, run and closed before that, so that
@@ -51,7 +51,12 @@ BUCKETS = (
     "engine.extra.zero_optimization.stage3_prefetch_bucket_size=8000000",
 )
 STEPS = 2
-PRELOAD = ("stepaudio_train.engines.megatron.engine", "stepaudio_train.engines.deepspeed.zero", "peft")
+# What a layout's overrides begin with: what its processes find imported.
+PRELOAD = {
+    "engine=megatron": "stepaudio_train.engines.megatron.engine",
+    "engine=deepspeed": "stepaudio_train.engines.deepspeed.zero",
+    "lora.": "peft",
+}
 
 
 @dataclass(frozen=True)
@@ -116,21 +121,23 @@ def main() -> None:
     # oneDNN keeps kernels for every shape that it has met, and packed rows have many: libraries, not the model.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8"
     rows: list[dict[str, Any]] = []
-    for layout in LAYOUTS:
-        if not chosen.only or any(word in layout.name for word in chosen.only):
-            for row in _rows(layout, (*SHARED, *layout.overrides, *chosen.overrides)):
-                print(", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr, flush=True)
-                rows.append(row)
+    layouts = [x for x in LAYOUTS if not chosen.only or any(word in x.name for word in chosen.only)]
+    typed = [override for layout in layouts for override in layout.overrides]
+    preload = [module for start, module in PRELOAD.items() if any(x.startswith(start) for x in typed)]
+    for layout in layouts:
+        for row in _rows(layout, (*SHARED, *layout.overrides, *chosen.overrides), preload):
+            print(", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr, flush=True)
+            rows.append(row)
     report("Peak memory of a rank, MiB", rows, chosen.json)
 
 
-def _rows(layout: Layout, overrides: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(layout: Layout, overrides: Sequence[str], preload: Sequence[str]) -> list[dict[str, Any]]:
     config = load_config("pretrain", PretrainConfig, overrides)
     problems = layout_problems(replace(config, model=replace(config.model, init="-")), layout.processes)
     if problems:
         raise ConfigError(problems)
     plan = plan_run(config, layout.processes)
-    measured = run_distributed(measure, layout.processes, tuple(overrides), preload=PRELOAD)
+    measured = run_distributed(measure, layout.processes, tuple(overrides), preload=preload)
     ranks = layout.processes // len(plan.stages)
     rows = []
     for stage in plan.stages:

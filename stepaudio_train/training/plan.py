@@ -5,16 +5,16 @@ data-parallel size, for DeepSpeed all ranks). Read out of the engines, and check
 
     weights     local 4p; with adapters 2p (bf16) or 4p for what stays as it is, and 4t. megatron bf16 2p, fp32 4p.
                 deepspeed 2p or 4p, adapters too; ZeRO-3 that / dp
-    gradients   4t: they are added up in fp32 whatever the weights are. ZeRO-2 and 3: 4t / dp. ZeRO-1 (bf16): 4t, and
-                2t of the backward beside them
+    gradients   4t: they are added up in fp32 whatever the weights are. ZeRO-2 and 3: 4t / dp. ZeRO-1 in bf16: 2t of the
+                backward beside them
     optimizer   Adam's two moments 8t, and the fp32 master weights 4t of megatron in bf16 and of deepspeed (but fp32
                 ZeRO-3, whose weights are their own); / dp with the distributed optimizer, and always with deepspeed.
                 The accounting of Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), gradients in fp32
-    buffers     deepspeed's. ZeRO-2: buckets that gradients are reduced from (two on a GPU, to overlap), allocated
-                whole, and what is in one of them in fp32; ZeRO-1: all of it in fp32, up to 500 million; ZeRO-3: one
-                bucket in fp32, the copy that is cut up, and gathered weights: what comes again within 1e9 parameters
-                (stage3_max_reuse_distance), 5e8 before the loss and after it, and what is fetched ahead. A tensor over
-                the bucket's size is reduced by itself
+    buffers     deepspeed's. ZeRO-1 and 2: buckets that gradients are reduced from (two on a GPU, to overlap), allocated
+                whole, and in bf16 ZeRO-2 what is in one of them in fp32; bf16 ZeRO-1 reduces where they are. ZeRO-3:
+                one bucket in fp32, the copy that is cut up, and gathered weights: what comes again within 1e9
+                parameters (stage3_max_reuse_distance), 5e8 before the loss and after it, and what is fetched ahead. A
+                tensor over the bucket's size is reduced by itself
     host        with offload: masters and moments 12t / dp, gradients 4t / dp (ZeRO-3: twice), ZeRO-2's weights on
                 their way back, and with `all` the weights
     activations what the fullest moment of a step needs on top: at the loss, at the end of the backward, or in the
@@ -35,7 +35,7 @@ data-parallel size, for DeepSpeed all ranks). Read out of the engines, and check
     runtime     an assumed 2 GiB on a GPU for the CUDA context, NCCL's buffers and fragmentation
 
 Not counted: host memory while a model is built (local, ZeRO-1 and 2: 4p in every process, before it goes to the GPU),
-what gloo and oneDNN take on a CPU, checkpoints while they are written.
+what oneDNN takes on a CPU, checkpoints while they are written.
 
 `engine.device=auto` is planned as a GPU, since one plans on another machine than one trains on.
 """

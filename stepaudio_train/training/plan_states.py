@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -95,12 +96,15 @@ def _local(config: RunConfig) -> States:
 def _megatron(config: RunConfig, stage: int, dp: int) -> States:
     elements, size = base_elements(config, stage), compute_bytes(config)
     master = 4 if size == 2 else 0
-    shards = dp if config.engine.distributed_optimizer else 1
+    distributed = config.engine.distributed_optimizer
+    shards = dp if distributed else 1
+    # gloo scatters out of a copy of all gradients.
+    on_gloo = distributed and config.engine.device == "cpu"
     return States(
         weights=size * elements,
         gradients=4 * elements,
         optimizer=-(-elements * (8 + master) // shards),
-        update=4 * min(largest_embedding(config), elements // shards),
+        update=4 * (elements if on_gloo else min(largest_embedding(config), elements // shards)),
     )
 
 
@@ -113,14 +117,15 @@ def _zero12(config: RunConfig, ranks: int) -> States:
     if stage == 1 and size == 2 and not offload:
         # BF16_Optimizer: every rank adds up all gradients in fp32 beside those of the backward.
         reduced = 4 * min(trained, _REDUCED_AT_A_TIME_ELEMENTS)
-        return States(weights, 6 * trained, optimizer, reduced, late_gradients=2 * trained)
-    gradients = 4 * (trained if stage == 1 else 0) + 4 * part
+        return States(weights, 6 * trained, optimizer, late_gradients=2 * trained, update=reduced)
+    # Stage 1 cuts its part out of all gradients before the update.
+    gradients, update = (4 * trained, 4 * part) if stage == 1 else (4 * part, 0)
     buffers = _bucket_bytes(config, trained, 4 if stage == 1 else size)
     if not offload:
-        return States(weights, gradients, optimizer, buffers, late_gradients=gradients, update=0)
+        return States(weights, gradients, optimizer, buffers, late_gradients=gradients, update=update)
     largest = size * _largest_trained(config)
     host = optimizer + (4 + size) * part + largest
-    return States(weights, gradients, 0, buffers + largest, host, late_gradients=gradients)
+    return States(weights, gradients, 0, buffers + largest, host, late_gradients=gradients, update=update)
 
 
 def _zero3(config: RunConfig, ranks: int) -> States:
@@ -157,7 +162,7 @@ def _bucket_bytes(config: RunConfig, trained: int, held_bytes: int) -> int:
     return count * bucket * held_bytes + reduced * copies + alone
 
 
-def _zero_settings(config: RunConfig) -> dict:
+def _zero_settings(config: RunConfig) -> dict[str, Any]:
     device = torch.device("cpu" if config.engine.device == "cpu" else "cuda")
     dtype = torch.float32 if compute_bytes(config) == 4 else torch.bfloat16
     return deepspeed_config(config, device, dtype)["zero_optimization"]

@@ -2,6 +2,9 @@
 that fit."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,7 +262,32 @@ def test_command_needs_only_a_model_for_its_shapes(tmp_path):
     assert json.loads(shapes.read_text())["model.embed_tokens.weight"] == [74752, 3072]
 
 
+def test_the_table_in_the_documentation_is_what_is_planned():
+    lines = (ROOT / "docs/fine_tuning.md").read_text(encoding="utf-8").splitlines()
+    rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines if line.startswith("| `experiment=")]
+    assert len(rows) > 5
+    for typed, ranks, *told in rows:
+        plan = plan_run(fine_tuning(*typed.split("`")[1].split()), int(ranks))
+        host = f"{plan.host / GIB:.1f}" if plan.host else "-"
+        fits = ["yes" if plan.peak <= gib * GIB else "no" for gib in (80, 24)]
+        assert told == [f"{plan.peak / GIB:.1f}", host, *fits], (ranks, typed)
+
+
 def test_impossible_layouts_are_refused(capsys):
     assert main(["plan", *LARGE, "--world-size", "100", "training.sequence_length=8191"]) == 2
     errors = capsys.readouterr().err
     assert "must divide the number of" in errors and "training.sequence_length=8191" in errors
+
+
+def test_planned_peaks_are_what_training_takes(tmp_path):
+    """One micro-batch a step, where gradients come after the activations; and a pipeline of two stages."""
+    results = tmp_path / "results.json"
+    sizes = ["model.hidden_size=512", "model.intermediate_size=1408", "model.num_hidden_layers=4"]
+    command = [sys.executable, str(ROOT / "benchmarks/memory.py"), *sizes, "training.sequence_length=256"]
+    command += ["--json", str(results), "--only", "one micro-batch", "PP=2"]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert finished.returncode == 0, finished.stdout
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    assert [(row["ranks"], row["stage"]) for row in rows] == [(1, 0), (2, 0), (2, 1)]
+    for row in rows:
+        assert row["planned / measured"] == pytest.approx(1, abs=0.12), row
