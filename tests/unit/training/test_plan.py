@@ -280,14 +280,14 @@ def test_impossible_layouts_are_refused(capsys):
 
 
 def test_planned_peaks_are_what_training_takes(tmp_path):
-    """One micro-batch a step, where gradients come after the activations; and a pipeline of two stages."""
+    """One micro-batch a step, where gradients come after the activations; and several, recomputed."""
     results = tmp_path / "results.json"
     sizes = ["model.hidden_size=512", "model.intermediate_size=1408", "model.num_hidden_layers=4"]
     command = [sys.executable, str(ROOT / "benchmarks/memory.py"), *sizes, "training.sequence_length=256"]
-    command += ["--json", str(results), "--only", "one micro-batch", "PP=2"]
+    command += ["--json", str(results), "--only", "one micro-batch", "fp32, recompute"]
     finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert finished.returncode == 0, finished.stdout
     rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
-    assert [(row["ranks"], row["stage"]) for row in rows] == [(1, 0), (2, 0), (2, 1)]
+    assert len(rows) == 2
     for row in rows:
         assert row["planned / measured"] == pytest.approx(1, abs=0.12), row
