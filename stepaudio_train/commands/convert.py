@@ -84,7 +84,10 @@ def run_conversion(options: ConvertOptions) -> int:
     if options.verify:
         written = open_source(options.destination, options.config)
         verified = verify(reader, written.reader, model, progress=sys.stderr.isatty())
-        print(f"verified: {verified.num_tensors} tensors equal bit for bit; logits differ by at most 0")
+        print(
+            f"verified: {verified.num_tensors} tensors equal bit for bit; logits differ by at most "
+            f"{verified.logits_difference:g}"
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import time
@@ -128,6 +129,12 @@ def _find(module_name: str, file: str, function_name: str) -> Callable[..., Any]
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    # Under the range that outgoing connections draw from: one of those may take a port before rank 0 listens on it.
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port among a hundred between 20000 and 32000")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.paths import complete_checkpoints, latest_checkpoint
 from stepaudio_train.data.loader import TrainLoader
 from stepaudio_train.engines.base import Engine
+from stepaudio_train.models.step1.lora import adapter_shapes
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class Checkpoints:
         if self._engine.is_main:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
-                _require_space(self._folder, self._engine.num_parameters())
+                _require_space(self._folder, _num_saved(self._engine))
                 (partial / "engine").mkdir(parents=True)
                 (partial / "loader").mkdir()
             except OSError as error:
@@ -127,8 +129,16 @@ def require_same_engine(checkpoint: Path, state: TrainingState, engine: str) -> 
     if state.engine != engine:
         raise CheckpointError(
             f"{checkpoint}: was written by engine={state.engine}; type engine={state.engine}, or start another run "
-            f"from the weights with model.init=RUN_DIR, which reads RUN_DIR/export"
+            f"from the weights with model.init=RUN_DIR, which reads any engine's checkpoints"
         )
+
+
+def _num_saved(engine: Engine) -> int:
+    """Parameters that a checkpoint holds: with adapters, they alone."""
+    lora = engine.config.lora
+    if lora is None:
+        return engine.num_parameters()
+    return sum(math.prod(shape) for shape in adapter_shapes(engine.config.model, lora).values())
 
 
 def _require_space(folder: Path, num_parameters: int) -> None:

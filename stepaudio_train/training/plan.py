@@ -30,7 +30,7 @@ data-parallel size, for DeepSpeed all ranks). Read out of the engines, and check
                 Times the micro-batches in flight: pp - stage under 1F1B, and (2(pp - stage - 1) + (vp - 1)pp + 1) / vp
                 under the interleaved schedule, but no more than there are.
                 With them the head: its input; of local and deepspeed logits of 1024 tokens in fp32 and the head's
-                gradient as it is made, in fp32, also where it is frozen; of megatron all the logits in the compute type
+                gradient as it is made, in fp32, where it is trained; of megatron all the logits in the compute type
                 (last stage). Gradients that are not there at the step's first loss are not counted twice
     runtime     an assumed 2 GiB on a GPU for the CUDA context, NCCL's buffers and fragmentation
 

@@ -98,7 +98,8 @@ def _head_forward_bytes(config: RunConfig) -> int:
 
 
 def _head_backward_bytes(config: RunConfig) -> int:
-    """The head's input, the weight's gradient in fp32 and a chunk's share of it, and the chunk's own gradient."""
+    """The head's input, the weight's gradient in fp32 and a chunk's share of it (where it is trained), and the chunk's
+    own gradient."""
     rows, width, tokens, size = _vocab_rows(config), config.model.hidden_size, _tokens(config), compute_bytes(config)
     total = _norm_bytes(config) + 2 * tokens * width * size
     if config.engine.name == "megatron":
@@ -107,7 +108,8 @@ def _head_backward_bytes(config: RunConfig) -> int:
     if is_mixed(config):
         cast = 0 if _recomputes(config) else trained_elements(config, 0)
         total += size * max(cast - (largest_embedding(config) if config.lora is None else 0), rows * width)
-    return total + rows * width * (4 + size) + min(tokens, _HEAD_CHUNK_TOKENS) * rows * (4 if size == 4 else 6)
+    weight = rows * width * (4 + size) if config.lora is None else 0
+    return total + weight + min(tokens, _HEAD_CHUNK_TOKENS) * rows * (4 if size == 4 else 6)
 
 
 def _norm_bytes(config: RunConfig) -> int:

@@ -229,10 +229,11 @@ class TargetLogProbs(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         hidden, weight, targets, norms = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        # A frozen head, as under adapters, has none.
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], TargetLogProbs.CHUNK_TOKENS):
             part = slice(start, start + TargetLogProbs.CHUNK_TOKENS)
             h, g = hidden[part], grad[part, None]
@@ -240,7 +241,8 @@ class TargetLogProbs(torch.autograd.Function):
             d_logits.scatter_add_(1, targets[part, None], g)
             d_logits = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
-            grad_weight += d_logits.T @ h
+            if grad_weight is not None:
+                grad_weight += d_logits.T @ h
         return grad_hidden, grad_weight, None
 
 
