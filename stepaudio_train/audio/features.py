@@ -6,7 +6,7 @@ Shapes: B clips, N samples, T frames, M mel bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -20,11 +20,26 @@ KALDI_FRAME = 400
 WHISPER_FFT = 400
 WHISPER_LOG_RANGE = 8.0
 
+Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""([B, N] samples, [B] counts) -> ([B, T, M] log power, [B] frames)."""
+
 
 def pad_clips(clips: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
     """Stack clips [n_i, ...] of any lengths into [B, max n, ...], with their lengths [B] int64 on the same device."""
     lengths = torch.tensor([len(clip) for clip in clips], device=clips[0].device)
     return torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True, padding_value=value), lengths
+
+
+def batches_of_like_length(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices of clips, shortest first, in batches of at most `limit` with padding, or of one clip."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > limit:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:

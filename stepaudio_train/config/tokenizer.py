@@ -1,5 +1,7 @@
 """Typed, frozen configuration of the speech tokenizers and of their training. Imports no torch."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +12,11 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
 @dataclass(frozen=True)
 class LinguisticConfig:
-    """SAN-M encoder and centroids. The released tokenizer is 512 wide, 50 blocks deep, with 1024 codes."""
+    """SAN-M encoder and centroids. The released tokenizer is 512 wide, 50 blocks deep, with 1024 codes.
+
+    The encoder works in chunks, as it is streamed: a chunk's frames see themselves, the frames before them that are
+    computed once more along with the chunk (`overlap_frames`), and what attention keeps of earlier chunks.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -27,6 +33,17 @@ class LinguisticConfig:
     """Taps of the memory block's depthwise convolution, in encoder frames."""
     codebook_size: int = 256
     """Centroids; at most the vocabulary's linguistic_size."""
+    chunk_frames: int = 4
+    """Encoder frames that come out together: 4 are 240 ms."""
+    overlap_frames: int = 5
+    """Frames in front of a chunk that are computed again with it."""
+    look_back_chunks: int = 4
+    """Chunks whose keys and values attention still sees."""
+
+    @classmethod
+    def released(cls) -> LinguisticConfig:
+        """Sizes of the released linguistic tokenizer (Paraformer large, streaming)."""
+        return cls(hidden_size=512, num_heads=4, ffn_size=2048, num_blocks=50, codebook_size=1024)
 
     @property
     def input_size(self) -> int:
@@ -47,7 +64,17 @@ class SemanticConfig:
     codebook_size: int = 256
     """Codes; at most the vocabulary's semantic_size."""
     max_positions: int = 1500
-    """Tokens of the longest piece encoded at once: 1500 are 60 s; longer recordings are cut into pieces of 30 s."""
+    """Tokens of the longest stretch encoded at once: 1500 are 60 s."""
+    piece_tokens: int = 750
+    """Recordings are cut into pieces of this many tokens, 30 s as released. The encoder sees a piece whole, so a stream
+    gives its tokens when all of it has been heard."""
+    context_tokens: int = 0
+    """Tokens' worth of audio in front of a piece that the encoder sees along with it; none as released."""
+
+    @classmethod
+    def released(cls) -> SemanticConfig:
+        """Sizes of the released semantic tokenizer (CosyVoice, 25 Hz)."""
+        return cls(num_mel_bins=128, hidden_size=1280, num_heads=20, num_blocks=6, codebook_size=4096)
 
 
 @dataclass(frozen=True)

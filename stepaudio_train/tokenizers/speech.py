@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepaudio_train.audio import peak_normalise
-from stepaudio_train.audio.features import KALDI_FRAME, SAMPLE_RATE_HZ, pad_clips
-from stepaudio_train.config.errors import UserError
+from stepaudio_train.audio.features import (
+    FRAME_SHIFT,
+    KALDI_FRAME,
+    SAMPLE_RATE_HZ,
+    Features,
+    batches_of_like_length,
+    num_kaldi_frames,
+    pad_clips,
+)
 from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
+from stepaudio_train.tokenizers.precision import Precision, set_precision
+from stepaudio_train.tokenizers.released import CENTROIDS_FILE, is_released, read_released
+from stepaudio_train.tokenizers.semantic import SAMPLES_PER_TOKEN, SemanticTokenizer
+from stepaudio_train.tokenizers.weight_files import (
+    LINGUISTIC_FILE,
+    SEMANTIC_FILE,
+    SETTINGS_FILE,
+    TokenizerError,
+    load_weights,
+    save_settings,
+    save_weights,
+)
 
-SETTINGS_FILE = "speech_tokenizer.json"
-LINGUISTIC_FILE = "linguistic.safetensors"
-SEMANTIC_FILE = "semantic.safetensors"
-PIECE_SAMPLES = 30 * SAMPLE_RATE_HZ
-"""The semantic tokenizer takes long recordings in pieces of this many samples, without overlap, as released."""
 SHORTEST_PIECE_SAMPLES = 480
 """A last piece shorter than this gives no semantic codes, as released."""
+_SEGMENT_FRAMES = 3000
+_BATCH_SAMPLES = 60 * SAMPLE_RATE_HZ
 
 
 @dataclass(frozen=True)
@@ -41,19 +54,28 @@ class SpeechTokens:
     """[S], 25 a second."""
 
 
-class TokenizerError(UserError, ValueError):
-    """A speech tokenizer's files cannot be used. The message names the file."""
-
-
 class SpeechTokenizer:
     """The dual-codebook tokenizer of the paper's section 3.1, before merging (`tokenizers/dual.py`)."""
 
-    def __init__(self, linguistic: LinguisticTokenizer, semantic: SemanticTokenizer, device: str = "auto") -> None:
+    def __init__(
+        self,
+        linguistic: LinguisticTokenizer,
+        semantic: SemanticTokenizer,
+        device: str = "auto",
+        precision: Precision = "fp32",
+    ) -> None:
+        """
+        Args:
+            precision: bf16 runs the layers' matrix products in bf16: faster where the processor has such
+                instructions, with a small share of other ids (docs/tokenizer.md has figures).
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self.linguistic = linguistic.to(self.device).eval()
         self.semantic = semantic.to(self.device).eval()
+        for part in (self.linguistic, self.semantic):
+            set_precision(part, precision)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -61,16 +83,23 @@ class SpeechTokenizer:
         return SAMPLE_RATE_HZ
 
     @classmethod
-    def from_directory(cls, directory: str | Path, device: str = "auto") -> SpeechTokenizer:
-        """Read what `save` or the tokenizer recipe wrote.
+    def from_directory(
+        cls, directory: str | Path, device: str = "auto", precision: Precision = "fp32"
+    ) -> SpeechTokenizer:
+        """Read what `save` or a tokenizer recipe wrote, or a directory laid out as the released Step-Audio-Tokenizer.
 
         Raises:
             TokenizerError: no tokenizer there, or settings or weights that do not fit.
         """
         directory = Path(directory)
+        if is_released(directory):
+            return cls(*read_released(directory), device, precision)
         settings_file = directory / SETTINGS_FILE
         if not settings_file.is_file():
-            raise TokenizerError(f"{directory}: holds no {SETTINGS_FILE}; give a run_dir of `stepaudio run tokenizer`")
+            raise TokenizerError(
+                f"{directory}: holds neither {SETTINGS_FILE} nor {CENTROIDS_FILE}; give a run_dir of `stepaudio run "
+                "tokenizer` or a copy of Step-Audio-Tokenizer"
+            )
         try:
             settings = json.loads(settings_file.read_text(encoding="utf-8"))
             linguistic = TypeAdapter(LinguisticConfig).validate_python(settings["linguistic"])
@@ -80,7 +109,17 @@ class SpeechTokenizer:
         modules = LinguisticTokenizer(linguistic), SemanticTokenizer(semantic)
         for module, name in zip(modules, (LINGUISTIC_FILE, SEMANTIC_FILE), strict=True):
             load_weights(module, directory / name)
-        return cls(*modules, device)
+        return cls(*modules, device, precision)
+
+    def with_pieces(self, piece_tokens: int, context_tokens: int) -> SpeechTokenizer:
+        """The same weights with another rule for the semantic pieces (`SemanticConfig`): short ones can be streamed.
+
+        The ids differ from those of other rules; a model should be trained on the rule that it is served with.
+        """
+        config = replace(self.semantic.config, piece_tokens=piece_tokens, context_tokens=context_tokens)
+        semantic = SemanticTokenizer(config)
+        semantic.encoder, semantic.quantizer = self.semantic.encoder, self.semantic.quantizer
+        return SpeechTokenizer(self.linguistic, semantic, str(self.device))
 
     def save(self, directory: str | Path) -> None:
         """Write settings and weights into `directory`, which is made if need be."""
@@ -91,14 +130,16 @@ class SpeechTokenizer:
         # Written last: a directory with settings is whole.
         save_settings(directory, self.linguistic.config, self.semantic.config)
 
-    def encode(self, waveforms: Sequence[Tensor]) -> list[SpeechTokens]:
-        """Codes of a batch of recordings; each clip's are what it would get alone. Fastest with similar lengths.
+    @torch.inference_mode()
+    def encode(self, waveforms: Sequence[Tensor], peak_norm: bool = True) -> list[SpeechTokens]:
+        """Codes of recordings of any lengths; each one's are what it would get alone.
 
         Args:
-            waveforms: [samples] float32 each, 16 kHz mono, any level: the peak is normalised here, as released.
+            waveforms: [samples] float32 each, 16 kHz mono.
+            peak_norm: bring each to a peak of 0.999 first, as released.
 
         Returns:
-            One `SpeechTokens` a recording. Recordings under 25 ms have no linguistic codes, under 30 ms no semantic.
+            One `SpeechTokens` a recording. Recordings under 55 ms have no linguistic codes, under 30 ms no semantic.
 
         Raises:
             ValueError: a waveform that is not one-dimensional float.
@@ -107,48 +148,68 @@ class SpeechTokenizer:
             if waveform.ndim != 1 or not waveform.is_floating_point():
                 shape = tuple(waveform.shape)
                 raise ValueError(f"waveform {index}: expected [samples] of floats, got {shape} of {waveform.dtype}")
-        levelled = [peak_normalise(w.float()) if len(w) else w.float() for w in waveforms]
-        linguistic = self._run(self.linguistic, levelled, KALDI_FRAME)
-        pieces = [list(w.split(PIECE_SAMPLES)) if len(w) else [w] for w in levelled]
-        semantic = iter(self._run(self.semantic, [p for clip in pieces for p in clip], SHORTEST_PIECE_SAMPLES))
-        return [
-            SpeechTokens(codes, np.concatenate([next(semantic) for _ in clip]))
-            for codes, clip in zip(linguistic, pieces, strict=True)
-        ]
+        clips = [w.float() for w in waveforms]
+        if peak_norm:
+            clips = [peak_normalise(clip) if len(clip) else clip for clip in clips]
+        clips = [clip.to(self.device) for clip in clips]
+        linguistic = self.linguistic.encode_clips(self._fbank(clips))
+        semantic = self._semantic(clips)
+        return [SpeechTokens(_as_codes(x), _as_codes(y)) for x, y in zip(linguistic, semantic, strict=True)]
 
-    def _run(
-        self, module: LinguisticTokenizer | SemanticTokenizer, clips: list[Tensor], shortest: int
-    ) -> list[NDArray[np.int32]]:
-        codes: list[NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)] * len(clips)
-        usable = [index for index, clip in enumerate(clips) if len(clip) >= shortest]
-        if usable:
-            waveforms, num_samples = pad_clips([clips[index].to(self.device) for index in usable])
-            ids, counts = module(waveforms, num_samples)
-            for index, row, count in zip(usable, ids.cpu().numpy(), counts.tolist(), strict=True):
-                codes[index] = row[:count].astype(np.int32)
-        return codes
+    def _fbank(self, clips: list[Tensor]) -> list[Tensor]:
+        """Fbank [frames, mel bins] of each clip; long clips are analysed in segments, which changes nothing."""
+        segments = [segment for clip in clips for segment in fbank_segments(clip)]
+        parts = iter(_analysed(segments, self.linguistic.features))
+        return [torch.cat([next(parts) for _ in fbank_segments(clip)]) for clip in clips]
 
-
-def save_settings(directory: Path, linguistic: LinguisticConfig, semantic: SemanticConfig) -> None:
-    """Write the sizes of both tokenizers, which `SpeechTokenizer.from_directory` builds them from."""
-    settings = {"linguistic": asdict(linguistic), "semantic": asdict(semantic)}
-    (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    def _semantic(self, clips: list[Tensor]) -> list[Tensor]:
+        cuts = [semantic_pieces(len(clip), self.semantic.config) for clip in clips]
+        pieces = [clip[cut.begin : cut.stop] for clip, found in zip(clips, cuts, strict=True) for cut in found]
+        encoded = iter(self.semantic.encode_clips(_analysed(pieces, self.semantic.features)))
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return [torch.cat([nothing, *(next(encoded)[cut.context_tokens :].cpu() for cut in found)]) for found in cuts]
 
 
-def save_weights(module: LinguisticTokenizer | SemanticTokenizer, path: Path) -> None:
-    """Write a tokenizer's state dict as safetensors, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary)
-    temporary.replace(path)
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a recording that the semantic tokenizer hears at once, in samples."""
+
+    begin: int
+    """Where it hears from."""
+    stop: int
+    context_tokens: int
+    """Of its tokens, how many belong to the piece before."""
 
 
-def load_weights(module: LinguisticTokenizer | SemanticTokenizer, path: Path) -> None:
-    """Read what `save_weights` wrote into a module of the same sizes.
+def semantic_pieces(num_samples: int, config: SemanticConfig) -> list[Piece]:
+    """The pieces of a recording. As released, a last one of under 480 samples gives no tokens."""
+    length, context = config.piece_tokens * SAMPLES_PER_TOKEN, config.context_tokens * SAMPLES_PER_TOKEN
+    pieces = []
+    for start in range(0, num_samples, length):
+        stop = min(start + length, num_samples)
+        if stop - start >= SHORTEST_PIECE_SAMPLES:
+            begin = max(0, start - context)
+            pieces.append(Piece(begin, stop, (start - begin) // SAMPLES_PER_TOKEN))
+    return pieces
 
-    Raises:
-        TokenizerError: missing or broken file, or other sizes.
-    """
-    try:
-        module.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise TokenizerError(f"{path}: cannot be loaded into this tokenizer: {error}") from error
+
+def fbank_segments(clip: Tensor) -> list[Tensor]:
+    """Segments whose fbank frames, one after the other, are those of the clip."""
+    frames = int(num_kaldi_frames(torch.tensor(len(clip))))
+    starts = range(0, max(1, frames), _SEGMENT_FRAMES)
+    overlap = KALDI_FRAME - FRAME_SHIFT
+    return [clip[start * FRAME_SHIFT : (start + _SEGMENT_FRAMES) * FRAME_SHIFT + overlap] for start in starts]
+
+
+def _analysed(clips: list[Tensor], features: Features) -> list[Tensor]:
+    """Features [T_i, M] of each clip, computed in batches of clips of like length."""
+    found: list[Tensor] = [torch.empty(0)] * len(clips)
+    for batch in batches_of_like_length([len(clip) for clip in clips], _BATCH_SAMPLES):
+        values, counts = features(*pad_clips([clips[index] for index in batch]))
+        for index, row, count in zip(batch, values, counts.tolist(), strict=True):
+            found[index] = row[:count]
+    return found
+
+
+def _as_codes(ids: Tensor) -> NDArray[np.int32]:
+    return ids.cpu().numpy().astype(np.int32)

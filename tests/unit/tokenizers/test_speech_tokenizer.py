@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -8,7 +9,9 @@ from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
-from stepaudio_train.tokenizers.speech import PIECE_SAMPLES, SpeechTokenizer
+from stepaudio_train.tokenizers.speech import SpeechTokenizer
+
+PIECE_SAMPLES = 30 * 16000
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,6 @@ def test_a_batch_gives_each_clip_what_it_gets_alone(tokenizer):
         (alone,) = tokenizer.encode([waveform])
         np.testing.assert_array_equal(together.linguistic, alone.linguistic)
         np.testing.assert_array_equal(together.semantic, alone.semantic)
-        frames = 1 + (len(waveform) - 400) // 160
-        assert len(alone.linguistic) == -(-frames // 6)
         assert len(alone.semantic) == ((len(waveform) // 160 + 1) // 2 + 1) // 2
 
 
@@ -46,7 +47,9 @@ def test_level_does_not_matter(tokenizer):
     np.testing.assert_array_equal(loud.semantic, quiet.semantic)
 
 
-@pytest.mark.parametrize(("samples", "linguistic", "semantic"), [(0, 0, 0), (399, 0, 0), (400, 1, 0), (480, 1, 1)])
+@pytest.mark.parametrize(
+    ("samples", "linguistic", "semantic"), [(0, 0, 0), (1, 0, 0), (479, 0, 0), (480, 0, 1), (879, 0, 2), (880, 1, 2)]
+)
 def test_clips_too_short_for_a_code_have_none(tokenizer, samples, linguistic, semantic):
     codes = tokenizer.encode([clip(samples), clip(8000)])[0]
     assert (len(codes.linguistic), len(codes.semantic)) == (linguistic, semantic)
@@ -61,6 +64,29 @@ def test_long_recordings_are_encoded_in_pieces(tokenizer):
     levelled = waveform / 2.0 * 0.999
     ids, _ = tokenizer.semantic(levelled[None, :PIECE_SAMPLES], torch.tensor([PIECE_SAMPLES]))
     np.testing.assert_array_equal(whole.semantic[:750], ids[0])
+
+
+def test_pieces_can_be_shorter_and_see_what_was_before(tokenizer):
+    waveform = clip(16000) / 2
+    short = tokenizer.with_pieces(piece_tokens=6, context_tokens=10)
+    (codes,) = short.encode([waveform], peak_norm=False)
+    assert len(codes.semantic) == 25
+    # The second piece: 240 to 480 ms, heard from the beginning on; the fourth: 720 to 960 ms, heard from 320 ms on.
+    for begin, stop, left_out, at in ((0, 7680, 6, 6), (5120, 15360, 10, 18)):
+        ids, _ = tokenizer.semantic(waveform[None, begin:stop], torch.tensor([stop - begin]))
+        np.testing.assert_array_equal(codes.semantic[at : at + 6], ids[0, left_out:])
+    (whole,) = tokenizer.encode([waveform], peak_norm=False)
+    np.testing.assert_array_equal(codes.linguistic, whole.linguistic)
+
+
+def test_bf16_changes_few_codes_and_no_counts(tokenizer):
+    copies = copy.deepcopy((tokenizer.linguistic, tokenizer.semantic))
+    fast = SpeechTokenizer(*copies, "cpu", "bf16")
+    assert fast.linguistic.encoder.encoders0[0].feed_forward.w_1.weight.dtype == torch.bfloat16
+    (exact,), (rounded,) = tokenizer.encode([clip(160000)]), fast.encode([clip(160000)])
+    for first, second in ((exact.linguistic, rounded.linguistic), (exact.semantic, rounded.semantic)):
+        assert len(first) == len(second)
+        assert (first == second).mean() > 0.9
 
 
 def test_saved_tokenizers_come_back_the_same(tokenizer, tmp_path):
