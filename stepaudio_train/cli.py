@@ -44,7 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`stepaudio COMMAND --help` says what a command needs and gives an example.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_run, _add_prepare, _add_tokenize, _add_generate, _add_convert, _add_plan, _add_doctor):
+    for add in (
+        _add_run,
+        _add_prepare,
+        _add_tokenize,
+        _add_generate,
+        _add_convert,
+        _add_export,
+        _add_plan,
+        _add_doctor,
+    ):
         add(commands)
     return parser
 
@@ -164,6 +173,22 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add("--check", type=Path, metavar="DIR", help="say what a Hugging Face directory lacks, and convert nothing")
 
 
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        "the speech tokenizer as the directory that StepFun's code takes",
+        needs="a speech tokenizer: a run_dir of `stepaudio run tokenizer`, or a copy of Step-Audio-Tokenizer.",
+        example="stepaudio export tokenizer runs/tokenizer exported",
+    )
+    add = parser.add_argument
+    add("what", choices=("tokenizer",), help="what to export")
+    add("source", type=Path, metavar="SRC", help="directory with a speech tokenizer")
+    add("destination", type=Path, metavar="DST", help="directory to write; must not be there yet")
+    add("--released", type=Path, metavar="DIR", help="released directory, whose decoder and token list are taken over")
+
+
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     parser = _command(
         commands,
@@ -246,6 +271,12 @@ def _convert(options: argparse.Namespace) -> int:
     from stepaudio_train.commands.convert import ConvertOptions, run_conversion
 
     return run_conversion(_typed(ConvertOptions, options))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.export import ExportOptions, export_tokenizer
+
+    return export_tokenizer(_typed(ExportOptions, options))
 
 
 def _plan(options: argparse.Namespace) -> int:

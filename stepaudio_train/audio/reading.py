@@ -8,10 +8,10 @@ from typing import BinaryIO
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from torch import Tensor
 
+from stepaudio_train.audio.resampling import resample
 from stepaudio_train.config.errors import UserError
 
 PEAK_FLOOR = 0.01
@@ -64,13 +64,6 @@ def _is_cut_off(libsndfile_log: str) -> bool:
     size and promise the most that fits: that is no sign of a cut."""
     found = _CHUNK_SIZE.search(libsndfile_log)
     return found is not None and int(found[2]) < int(found[1]) < _UNKNOWN_SIZE
-
-
-def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
-    """Change the sample rate of [samples] float32 on the CPU (soxr, high quality, deterministic)."""
-    if from_hz == to_hz:
-        return waveform
-    return torch.from_numpy(soxr.resample(waveform.numpy(), from_hz, to_hz, quality="HQ"))
 
 
 def peak_normalise(waveform: Tensor) -> Tensor:
