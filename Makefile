@@ -42,7 +42,7 @@ clean:
 	rm -rf $(VENV)
 
 # The stamp is written last, so that an interrupted set-up is done again.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml tests/reference-packages.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "$(PYTHON) is missing or older than Python 3.10; type: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
@@ -60,5 +60,6 @@ $(STAMP): pyproject.toml
 	fi
 	@echo "[setup 3/3] installing stepaudio-train and what it needs"
 	@$(PIP_INSTALL) -e '.[dev]'
+	@$(PIP_INSTALL) --no-deps -r tests/reference-packages.txt
 	@touch $@
 	@echo "[setup] done; next time it is skipped"
