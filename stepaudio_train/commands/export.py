@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from stepaudio_train.audio.features import log_mel, normalise_log_mel
+from stepaudio_train.audio.speech_like import speech_like
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.tokenizers.released import is_released, write_released
 from stepaudio_train.tokenizers.released.directory import ONNX_FILE
@@ -47,7 +48,7 @@ def export_tokenizer(options: ExportOptions) -> int:
     before = SpeechTokenizer.from_directory(options.source, "cpu")
     write_released(before.linguistic, before.semantic, options.destination, other_parts)
     after = SpeechTokenizer.from_directory(options.destination, "cpu")
-    clips = [_signal(length) for length in _TEST_LENGTHS]
+    clips = [speech_like(length, seed=length) for length in _TEST_LENGTHS]
     wanted = before.encode(clips, peak_norm=False)
     checks = {"read again": _different(wanted, after.encode(clips, peak_norm=False))}
     checks["ONNX Runtime"] = _different_in_onnx_runtime(wanted, clips, after, options.destination / ONNX_FILE)
@@ -74,17 +75,6 @@ def _different_in_onnx_runtime(
         (ids,) = session.run(None, {feats: mel.numpy(), length: num_frames.int().numpy()})
         different += int((np.asarray(ids).flatten() != tokens.semantic).sum())
     return different
-
-
-def _signal(num_samples: int) -> Tensor:
-    """Something like speech: tones that glide under an envelope of syllables, and a little noise."""
-    generator = torch.Generator().manual_seed(num_samples)
-    time_s = torch.arange(num_samples) / 16000
-    pitch_hz = 140 + 40 * torch.sin(2 * torch.pi * 0.7 * time_s)
-    phase = 2 * torch.pi * torch.cumsum(pitch_hz / 16000, dim=0)
-    voice = sum(torch.sin(phase * number) / number for number in range(1, 20))
-    syllables = torch.sin(2 * torch.pi * 2 * time_s).clamp(min=0)
-    return 0.2 * voice * syllables + 0.005 * torch.randn(num_samples, generator=generator)
 
 
 def _files(directory: Path) -> Iterator[tuple[str, int]]:
