@@ -33,7 +33,7 @@ def main(config: EvaluateConfig) -> None:
     test = _samples(tokens / "test", config.max_samples)
     if len(test) < 2:
         raise ConfigError([f"tokens={tokens}: its split test needs at least two transcribed recordings"])
-    model = SpeechTextModel.from_directory(config.model_dir, config.device)
+    model = SpeechTextModel.from_directory(config.model_dir, config.device, config.speech_layout)
 
     results = {"test": evaluate_asr(model, test)}
     results["test_shuffled_audio"] = evaluate_asr(model, with_shuffled_audio(test))
@@ -47,7 +47,8 @@ def main(config: EvaluateConfig) -> None:
     for name, nats in likelihood.model.items():
         log.info("%s: %.3f nats/token, unigram %.3f", name, nats, likelihood.unigram[name])
 
-    continuations = continue_recordings(model, test, config.continuations)
+    speaks = config.speech_layout == "interleaved"
+    continuations = continue_recordings(model, test, config.continuations) if speaks else []
     _write_lines(output / "transcripts.jsonl", (line for name, r in results.items() for line in _lines(name, r)))
     _write_lines(output / "continuations.jsonl", (asdict(continuation) for continuation in continuations))
     summary = {

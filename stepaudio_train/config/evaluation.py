@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-from stepaudio_train.config.schema import Task
+from stepaudio_train.config.schema import SpeechLayout, Task
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
@@ -42,6 +42,8 @@ class EvaluateConfig:
     """Of a held-out split, at most; the rest is not looked at."""
     likelihood_tasks: tuple[Task, ...] = ("continuation", "interleaved", "asr", "tts")
     """What held-out recordings are rendered as for the negative log-likelihoods."""
+    speech_layout: SpeechLayout = "interleaved"
+    """The layout that the model was trained with (`data.speech_layout`). Only the paper's gives continuations."""
     continuations: ContinuationConfig = field(default_factory=ContinuationConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -54,6 +56,11 @@ def evaluate_problems(config: EvaluateConfig) -> list[str]:
     ]
     if config.max_samples < 2:
         problems.append(f"max_samples={config.max_samples}: must be at least 2, to shuffle audio between samples")
+    if config.speech_layout != "interleaved" and "interleaved" in config.likelihood_tasks:
+        problems.append(
+            f"likelihood_tasks: spans of audio and text do not go with speech_layout={config.speech_layout}; type "
+            "likelihood_tasks=[continuation,asr]"
+        )
     if config.continuations.prompt_s <= 0 or config.continuations.max_new_s <= 0:
         problems.append("continuations.prompt_s and continuations.max_new_s: must be over 0 seconds")
     return problems

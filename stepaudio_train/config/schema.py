@@ -106,6 +106,11 @@ class EngineConfig:
     by it."""
 
 
+SpeechLayout = Literal["interleaved", "linguistic", "semantic", "sequential"]
+"""How the two streams of speech tokens become one: two linguistic and three semantic in turn, as in the paper; one
+stream alone; or all linguistic tokens of a recording, then all semantic ones. The last three are for comparison."""
+
+
 @dataclass(frozen=True)
 class BlendEntry:
     """One source of samples and its share of the tokens."""
@@ -136,6 +141,8 @@ class DataConfig:
     change its data-parallel size among the divisors and see the same batches."""
     num_workers: int = 0
     """Loader processes per stream on each rank; 0 loads in the training process."""
+    speech_layout: SpeechLayout = "interleaved"
+    """Other layouts than the paper's are for studies (`stepaudio run codebook_study`): such models do not speak."""
     synthetic_documents: Literal["packed", "single"] = "packed"
     """`synthetic` source only: several documents a row, or one."""
 

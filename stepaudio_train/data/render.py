@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepaudio_train.config.errors import UserError
-from stepaudio_train.config.schema import Task
+from stepaudio_train.config.schema import SpeechLayout, Task
 from stepaudio_train.config.sft import AnswerLoss, ChatTemplate
 from stepaudio_train.data.batch import TASKS
 from stepaudio_train.data.chat import ChatFormat, TurnError
@@ -34,6 +34,7 @@ from stepaudio_train.tokenizers.dual import (
     GROUP_SAMPLES,
     TOKENS_PER_GROUP,
     audio_text_to_ids,
+    in_layout,
     merge_streams,
     split_streams,
 )
@@ -66,6 +67,7 @@ class Renderer:
 
     vocabulary: Vocabulary
     text_tokenizer: TextTokenizer
+    speech_layout: SpeechLayout = "interleaved"
 
     def render(self, sample: TokenSample, task: Task, loss: Literal["all", "target"] = "all") -> Document:
         """A training document.
@@ -157,6 +159,11 @@ class Renderer:
     def _interleaved(self, sample: TokenSample) -> list[ArrayLike]:
         """Aligned spans, alternately as audio and as text. Which kind comes first depends on the record's id alone."""
         part = _audio_part(sample.record)
+        if self.speech_layout != "interleaved":
+            raise RenderError(
+                f"{sample.record.id}: spans of audio and text need data.speech_layout=interleaved, not "
+                f"{self.speech_layout}; leave the task `interleaved` out of the blend"
+            )
         if len(part.spans) < 2:
             raise RenderError(f"{sample.record.id}: interleaving needs at least two aligned spans")
         audio = self._audio(sample)
@@ -176,7 +183,7 @@ class Renderer:
         return self._audio_of(sample, _audio_part(sample.record))
 
     def _audio_of(self, sample: TokenSample, part: AudioPart) -> NDArray[np.int64]:
-        """Ids of a recording, five for every 0.12 s."""
+        """Ids of a recording, five for every 0.12 s; fewer where the layout leaves out a stream."""
         try:
             if part.tokens is not None:
                 ids = audio_text_to_ids(part.tokens, self.vocabulary)
@@ -193,7 +200,7 @@ class Renderer:
             raise RenderError(f"{sample.record.id}: {error}") from None
         if not len(ids):
             raise RenderError(f"{sample.record.id}: its audio is shorter than {GROUP_S:g} s, the length of one group")
-        return ids
+        return in_layout(ids, self.speech_layout)
 
     def _text(self, sample: TokenSample) -> list[int]:
         """Of a recording, the transcript: the text task can train on speech corpora as well."""

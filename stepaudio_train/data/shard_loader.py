@@ -235,7 +235,7 @@ def _blend(
     if problems:
         raise ConfigError(problems)
     entries = [CheckedEntry(name, config.blend[name], counts) for name, counts in usable.items()]
-    return Renderer(vocabulary, tokenizer), entries
+    return Renderer(vocabulary, tokenizer, config.speech_layout), entries
 
 
 def _state_file(directory: Path, stream: int) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stepaudio_train.config.schema import SpeechLayout
 from stepaudio_train.data.records import AudioPart, speech_record
 from stepaudio_train.data.render import Renderer, TokenSample
 from stepaudio_train.engines.precision import choose_device
@@ -36,7 +37,9 @@ class SpeechTextModel:
         self.model, self.renderer, self.batch_rows = model, renderer, batch_rows
 
     @classmethod
-    def from_directory(cls, directory: str | Path, device: str = "auto") -> SpeechTextModel:
+    def from_directory(
+        cls, directory: str | Path, device: str = "auto", speech_layout: SpeechLayout = "interleaved"
+    ) -> SpeechTextModel:
         """Read an `export/` folder: config.json, safetensors, tokenizer.model.
 
         The audio ids follow the text ids, as in every vocabulary of this project. How many text ids there are is told
@@ -57,7 +60,7 @@ class SpeechTextModel:
         tokenizer = TextTokenizer.from_file(tokenizer_file)
         model = Step1ForCausalLM.from_pretrained(directory).to(choose_device(device))
         vocabulary = _vocabulary(tokenizer, model.config.vocab_size, directory)
-        return cls(model, Renderer(vocabulary, tokenizer))
+        return cls(model, Renderer(vocabulary, tokenizer, speech_layout))
 
     def transcribe(self, samples: Sequence[TokenSample], max_new_tokens: int = 128) -> list[str]:
         """What is said in each sample's recording, by greedy decoding. Transcripts in the samples are not looked at."""
@@ -94,6 +97,8 @@ class SpeechTextModel:
 
     def _speech(self, generation: Generation) -> SpeechTokens:
         """The audio up to the first id that breaks the 2:3 order, in whole groups."""
+        if self.renderer.speech_layout != "interleaved":
+            raise ValueError(f"a model of {self.renderer.speech_layout} speech tokens does not speak")
         vocabulary = self.renderer.vocabulary
         ids = np.asarray(generation.ids, np.int64)
         linguistic = np.arange(len(ids)) % TOKENS_PER_GROUP < LINGUISTIC_PER_GROUP

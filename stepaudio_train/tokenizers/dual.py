@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stepaudio_train.config.schema import SpeechLayout
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
 LINGUISTIC_PER_GROUP = 2
@@ -69,6 +70,17 @@ def split_streams(ids: ArrayLike, vocabulary: Vocabulary) -> tuple[NDArray[np.in
     whole = stream[: len(stream) // TOKENS_PER_GROUP * TOKENS_PER_GROUP].reshape(-1, TOKENS_PER_GROUP)
     linguistic = whole[:, :LINGUISTIC_PER_GROUP].reshape(-1) - vocabulary.linguistic_offset
     return linguistic, whole[:, LINGUISTIC_PER_GROUP:].reshape(-1) - vocabulary.semantic_offset
+
+
+def in_layout(ids: NDArray[np.int64], layout: SpeechLayout) -> NDArray[np.int64]:
+    """Merged ids [5 * groups] in another layout: the same tokens, or one stream of them, in another order."""
+    groups = ids.reshape(-1, TOKENS_PER_GROUP)
+    linguistic, semantic = groups[:, :LINGUISTIC_PER_GROUP].reshape(-1), groups[:, LINGUISTIC_PER_GROUP:].reshape(-1)
+    if layout == "linguistic":
+        return linguistic
+    if layout == "semantic":
+        return semantic
+    return np.concatenate([linguistic, semantic]) if layout == "sequential" else ids
 
 
 def audio_ids_to_text(ids: ArrayLike, vocabulary: Vocabulary) -> str:

@@ -39,6 +39,18 @@ def test_exact_ids(renderer):
     assert renderer.render(TokenSample(text_record("t", "one two")), "text").ids.tolist() == [BOS, *text, EOS]
 
 
+def test_other_layouts_hold_one_stream_or_both_in_a_row(renderer):
+    sample = speech(2, spans=(Span("one", 0.0, 0.12), Span("two", 0.12, 0.24)))
+    v = renderer.vocabulary
+    linguistic = [v.linguistic_offset + code for code in range(4)]
+    semantic = [v.semantic_offset + code for code in range(6)]
+    for layout, audio in (("linguistic", linguistic), ("semantic", semantic), ("sequential", linguistic + semantic)):
+        other = replace(renderer, speech_layout=layout)
+        assert other.render(sample, "continuation").ids.tolist() == [BOS, 31, *audio, 32, EOS]
+        with pytest.raises(RenderError, match=f"r: .*not {layout}"):
+            other.render(sample, "interleaved")
+
+
 def test_prompt_is_the_beginning_of_what_is_trained_on(renderer):
     random = np.random.default_rng(0)
     for i in range(20):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from stepaudio_train.tokenizers.dual import (
+    in_layout,
     audio_ids_to_text,
     audio_text_to_ids,
     merge_streams,
@@ -81,3 +82,15 @@ def test_errors_name_the_id_and_the_place():
         audio_text_to_ids("<audio_1>hello", SMALL)
     with pytest.raises(ValueError, match="flat list of integers"):
         split_streams([[512, 513]], SMALL)
+
+
+def test_layouts_hold_the_same_tokens_in_another_order():
+    vocabulary = Vocabulary(text_size=100)
+    ids = merge_streams(range(5), range(10, 17), vocabulary)
+    linguistic = [100, 101, 102, 103]
+    semantic = [1124 + code for code in range(10, 16)]
+    assert in_layout(ids, "interleaved").tolist() == ids.tolist()
+    assert in_layout(ids, "linguistic").tolist() == linguistic
+    assert in_layout(ids, "semantic").tolist() == semantic
+    assert in_layout(ids, "sequential").tolist() == linguistic + semantic
+    assert in_layout(ids[:0], "sequential").tolist() == []
