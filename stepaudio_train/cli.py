@@ -106,19 +106,38 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
         commands,
         "tokenize",
         _tokenize,
-        "prepared recordings, or plain text, to shards of tokens",
-        needs="the output of `stepaudio prepare`, and the tokenizers that `stepaudio run tokenizer` trains.",
+        "recordings of any kind, or plain text, to shards of tokens",
+        needs="recordings or text, and the tokenizers: trained by `stepaudio run tokenizer`, or released ones.",
         example="stepaudio tokenize corpora/prepared corpora/tokens --speech-tokenizer runs/tokenizer "
-        "--text-tokenizer runs/tokenizer/text.model",
+        "--text-tokenizer runs/tokenizer/text.model\n"
+        "  stepaudio tokenize recordings tokens --speech-tokenizer Step-Audio-Tokenizer "
+        "--text-tokenizer Step-Audio-TTS-3B/tokenizer.model --num-workers 8 --verify 1",
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="prepared folder; or .txt, .jsonl with {'text': ...}, or a folder")
+    add(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="prepared folder, folder of audio, manifest (.jsonl, .tsv, .csv), WebDataset .tar or a folder of them, "
+        "Hugging Face dataset (saved folder, .parquet, hf:NAME:SPLIT); or .txt, .jsonl with {'text': ...}, or a folder "
+        "of those",
+    )
     add("output", type=Path, metavar="OUTPUT", help="folder to write")
     add("--text-tokenizer", type=Path, required=True, metavar="FILE", help="SentencePiece file")
-    add("--speech-tokenizer", type=Path, metavar="DIR", help="trained speech tokenizer; needed for recordings")
+    add("--speech-tokenizer", type=Path, metavar="DIR", help="speech tokenizer; needed for recordings")
     add("--batch-audio-s", type=float, metavar="S", help="seconds of audio encoded at once (default 120.0)")
     add("--max-text-tokens", type=int, metavar="N", help="longer texts are divided (default 4096)")
     add("--device", choices=("auto", "cpu", "cuda"), help="where the speech tokenizer runs (default auto)")
+    add("--precision", choices=("fp32", "bf16"), help="of its matrix products (default fp32)")
+    add("--num-workers", type=int, metavar="N", help="processes that encode (default 1)")
+    add("--ray", metavar="ADDRESS", help="encode on a ray cluster (auto, or its address; local: start one here)")
+    add(
+        "--verify",
+        type=float,
+        dest="verify_percent",
+        metavar="PERCENT",
+        help="encode this share of the recordings again, one by one, and compare",
+    )
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
@@ -251,12 +270,22 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
-    from stepaudio_train.data.tokenize import TokenizeOptions, tokenize
+    from stepaudio_train.data.tokenize import TokenizeOptions, tokenize, verify
 
-    for split, stats in tokenize(_typed(TokenizeOptions, options)).items():
+    typed = _typed(TokenizeOptions, options)
+    for split, stats in tokenize(typed).items():
         hours, left_out = stats.duration_s / 3600, len(stats.refused)
         print(f"{split or options.output}: {stats.num_samples} samples, {hours:.2f} h of audio, {left_out} left out")
-    return 0
+    agrees = True
+    if typed.verify_percent:
+        for split, found in verify(typed).items():
+            print(
+                f"{split or options.output}: {found.num_recordings} recordings encoded again, {found.num_different} of "
+                f"{found.num_tokens} tokens differ"
+            )
+            # One token in a thousand may be a close choice that rounding decides; with bf16, more.
+            agrees = agrees and (typed.precision != "fp32" or found.num_different <= found.num_tokens / 1000)
+    return 0 if agrees else 1
 
 
 def _generate(options: argparse.Namespace) -> int:

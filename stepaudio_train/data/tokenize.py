@@ -1,43 +1,42 @@
-"""`stepaudio tokenize`: tars of recordings, or plain text -> shards of token samples.
+"""`stepaudio tokenize`: recordings of any kind, or plain text -> shards of token samples.
 
 A source with sub-folders of shards (train, validation, test, ...) becomes an output with the same sub-folders. Every
-shard is written whole; a run that was stopped goes on with the first shard that is missing.
+output shard is a job of its own: written whole, by whichever process takes it, and the same whoever does. A run that
+was stopped goes on with the shards that are missing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from stepaudio_train.audio import AudioError, read_audio
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.data.files import write_atomically
-from stepaudio_train.data.records import Record, RecordError, parse_record, text_record, with_audio_parts
+from stepaudio_train.data.recording_jobs import RecordingJob, Refused, TarJob, is_dataset, recording_jobs
+from stepaudio_train.data.records import text_record
 from stepaudio_train.data.render import Renderer, TokenSample
 from stepaudio_train.data.shards import (
     SHARD_PATTERN,
-    ShardError,
     ShardSample,
     finish_dataset,
     list_shards,
-    read_shard,
     shard_counts,
     shard_name,
     write_shard,
 )
+from stepaudio_train.data.sources import AUDIO_SUFFIXES
 from stepaudio_train.data.token_shards import STATS_FILE, TokenStats, encode_token_sample, file_sha256
-from stepaudio_train.tokenizers.speech import SpeechTokenizer, SpeechTokens
+from stepaudio_train.data.tokenize_workers import ShardTask, Workers, WorkerSettings
+from stepaudio_train.data.verify_tokens import Agreement, verify_tokens
+from stepaudio_train.tokenizers.precision import Precision
 from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
@@ -53,18 +52,26 @@ class TokenizeOptions:
     """What `stepaudio tokenize` is asked for."""
 
     source: Path
-    """An output of `stepaudio prepare` (or one split of it); or a text corpus: a .txt file with a document a line, a
-    .jsonl file with {"text": ...} a line, or a folder of such files."""
+    """Recordings: an output of `stepaudio prepare` (or one split of it), a folder of audio, a manifest, WebDataset
+    tars, a Hugging Face dataset (saved folder, Parquet, hf:NAME). Or a text corpus: a .txt file with a document a line,
+    a .jsonl file with {"text": ...} a line, or a folder of such files."""
     output: Path
     text_tokenizer: Path
     """SentencePiece file. Text is stored as text; the stats count it in these ids."""
     speech_tokenizer: Path | None = None
-    """Directory of a trained speech tokenizer. Not needed for text."""
+    """Directory of a speech tokenizer, trained here or released. Not needed for text."""
     batch_audio_s: float = 120.0
-    """Audio that is encoded at once, padding included."""
+    """Audio that is encoded at once."""
     max_text_tokens: int = 4096
     """Longer texts are divided at line or word boundaries: the loader cuts nothing."""
     device: str = "auto"
+    precision: Precision = "fp32"
+    num_workers: int = 1
+    """Processes that encode. Each has its own tokenizer; on CUDA they take the devices in turn."""
+    ray: str | None = None
+    """Address of a ray cluster whose machines encode ("local": one on this machine); the folders must be shared."""
+    verify_percent: float = 0.0
+    """Share of the recordings that are encoded once more at the end, one by one in fp32, and compared."""
 
 
 def tokenize(options: TokenizeOptions) -> dict[str, TokenStats]:
@@ -75,171 +82,141 @@ def tokenize(options: TokenizeOptions) -> dict[str, TokenStats]:
     """
     text_tokenizer = TextTokenizer.from_file(options.text_tokenizer)
     renderer = Renderer(Vocabulary(text_tokenizer.text_size), text_tokenizer)
-    if not options.source.exists():
+    if not options.source.exists() and not is_dataset(options.source):
         raise UserError(f"{options.source}: no such file or folder")
+    sha256 = file_sha256(options.text_tokenizer)
     texts = _text_files(options.source)
     if texts:
         _claim(options, texts)
-        stats = _Dataset(options.output, renderer, file_sha256(options.text_tokenizer)).write_all(
-            _text_jobs(texts, text_tokenizer, options.max_text_tokens), options.source.name
-        )
-        return {"": stats}
-    splits = _splits(options.source)
+        jobs = _text_jobs(texts, text_tokenizer, options.max_text_tokens)
+        return {"": _write_texts(options.output, renderer, sha256, jobs, options.source.name)}
     if options.speech_tokenizer is None:
         raise UserError(f"{options.source}: holds recordings; give a speech tokenizer too")
-    _claim(options, [shard for folder in splits.values() for shard in list_shards(folder)])
-    speech = SpeechTokenizer.from_directory(options.speech_tokenizer, options.device)
+    splits = _splits(options.source)
+    _claim(options, _files_of(options.source, splits))
+    settings = WorkerSettings(
+        options.speech_tokenizer, options.text_tokenizer, options.batch_audio_s, options.device, options.precision
+    )
     found = {}
-    for name, folder in splits.items():
-        dataset = _Dataset(options.output / name, renderer, file_sha256(options.text_tokenizer))
-        encoder = _Encoder(speech, options.batch_audio_s)
-        num_samples = sum(shard_counts(folder).values())
-        found[name] = dataset.write_all(_speech_jobs(folder, encoder), name or options.source.name, num_samples)
+    with Workers(settings, options.num_workers, options.ray) as workers:
+        for name, split in splits.items():
+            dataset = _Dataset(options.output / name, sha256)
+            found[name] = dataset.encode(split, workers, name or options.source.name)
+    return found
+
+
+def verify(options: TokenizeOptions) -> dict[str, Agreement]:
+    """Compare the output with `verify_percent` of the recordings encoded anew; writes `verify.json` into it.
+
+    Raises:
+        UserError: the source holds text, or the output is not finished.
+    """
+    if options.speech_tokenizer is None:
+        raise UserError(f"{options.source}: only speech tokens can be verified; give a speech tokenizer")
+    found = {
+        name: verify_tokens(
+            split.jobs, options.output / name, options.speech_tokenizer, options.device, options.verify_percent
+        )
+        for name, split in _splits(options.source).items()
+    }
+    content = {name or "all": agreement.summary() for name, agreement in found.items()}
+    write_atomically(options.output / "verify.json", json.dumps(content, ensure_ascii=False, indent=1).encode())
     return found
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A sample of the source that is left out."""
+class Split:
+    """What one output dataset is made of."""
 
-    reason: str
-
-
-Job = Iterator[TokenSample | Refused]
-"""What one output shard is made of."""
+    jobs: list[RecordingJob]
+    refused: list[Refused]
+    num_samples: int | None
+    """For the progress bar, where it is known."""
 
 
 @dataclass(frozen=True)
 class _Dataset:
-    """One output folder."""
+    """One output folder of speech tokens."""
 
     folder: Path
-    renderer: Renderer
     text_tokenizer_sha256: str
 
-    def write_all(self, jobs: Iterator[Callable[[], Job]], title: str, num_samples: int | None = None) -> TokenStats:
-        """Write a shard for each job, skipping those that are there, then the index and the stats.
-
-        Args:
-            num_samples: of the source, where that is known; for the progress bar.
-        """
+    def encode(self, split: Split, workers: Workers, title: str) -> TokenStats:
+        """Have every shard written that is not there, then write the index and the stats."""
+        parts: dict[int, TokenStats] = {}
+        tasks = []
+        for number, job in enumerate(split.jobs):
+            task = ShardTask(number, self.folder / shard_name(number), job)
+            if task.stats_file.is_file():
+                parts[number] = TokenStats.read(task.stats_file)
+            else:
+                tasks.append(task)
+        with tqdm(total=split.num_samples, unit="sample", desc=f"tokenize {title}", dynamic_ncols=True) as bar:
+            bar.update(sum(stats.num_samples + len(stats.refused) for stats in parts.values()))
+            started_s, encoded_s = time.monotonic(), 0.0
+            for number, stats in workers.run(tasks):
+                parts[number] = stats
+                encoded_s += stats.duration_s
+                bar.update(stats.num_samples + len(stats.refused))
+                bar.set_postfix_str(f"{encoded_s / (time.monotonic() - started_s):.0f} times real time")
         total = TokenStats(text_tokenizer_sha256=self.text_tokenizer_sha256)
-        counts = {}
-        with tqdm(total=num_samples, unit="sample", desc=f"tokenize {title}", dynamic_ncols=True) as bar:
-            started_s = time.monotonic()
-            encoded_s = 0.0
-            for number, job in enumerate(jobs):
-                path = self.folder / shard_name(number)
-                done = path.with_suffix(".stats.json")
-                if done.is_file():
-                    stats = TokenStats.read(done)
-                    bar.update(stats.num_samples + len(stats.refused))
-                else:
-                    stats = self._write(path, job(), bar)
-                    stats.save(done)
-                    encoded_s += stats.duration_s
-                    if encoded_s:
-                        bar.set_postfix_str(f"{encoded_s / (time.monotonic() - started_s):.0f} times real time")
-                total.merge(stats)
-                if stats.num_samples:
-                    counts[path.name] = stats.num_samples
-        if not total.num_samples:
-            raise UserError(f"{title}: no sample could be used: {'; '.join(total.refused[:3]) or 'it is empty'}")
-        for reason in total.refused[:_NAMED_REFUSALS]:
-            log.warning("left out: %s", reason)
-        if len(total.refused) > _NAMED_REFUSALS:
-            log.warning("left out: %d in all; %s names them", len(total.refused), self.folder / STATS_FILE)
-        finish_dataset(self.folder, counts)
-        total.save(self.folder / STATS_FILE)
-        return total
-
-    def _write(self, path: Path, job: Job, bar: tqdm) -> TokenStats:
-        stats = TokenStats(text_tokenizer_sha256=self.text_tokenizer_sha256)
-
-        def samples() -> Iterator[ShardSample]:
-            for sample in job:
-                bar.update()
-                if isinstance(sample, Refused):
-                    stats.refused.append(sample.reason)
-                else:
-                    stats.add(sample, self.renderer)
-                    yield encode_token_sample(sample)
-
-        write_shard(path, samples())
-        return stats
+        total.refused += [refused.reason for refused in split.refused]
+        for number in sorted(parts):
+            total.merge(parts[number])
+        counts = {shard_name(number): stats.num_samples for number, stats in sorted(parts.items()) if stats.num_samples}
+        return _finished(self.folder, counts, total, title)
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """Encodes the recordings of a shard in batches of similar length."""
-
-    speech: SpeechTokenizer
-    batch_audio_s: float
-
-    def encode(self, shard: Path) -> Job:
-        """Token samples of a shard of recordings, in its order."""
-        samples, refused = self._read(shard)
-        waveforms = [(i, p, w) for i, (_, parts) in enumerate(samples) for p, w in parts.items()]
-        waveforms.sort(key=lambda item: len(item[2]))
-        encoded: list[dict[str, SpeechTokens]] = [{} for _ in samples]
-        for batch in self._batches(waveforms):
-            with torch.inference_mode():
-                tokens = self.speech.encode([waveform for _, _, waveform in batch])
-            for (index, name, _), codes in zip(batch, tokens, strict=True):
-                encoded[index][name] = codes
-        for (record, _), speech in zip(samples, encoded, strict=True):
-            yield TokenSample(record, speech)
-        yield from refused
-
-    def _read(self, shard: Path) -> tuple[list[tuple[Record, dict[str, Tensor]]], list[Refused]]:
-        samples, refused = [], []
-        try:
-            for stored in read_shard(shard):
-                where = f"{shard}: {stored.key}"
-                try:
-                    samples.append(self._decode(stored, where))
-                except (RecordError, AudioError) as error:
-                    refused.append(Refused(str(error)))
-        except ShardError as error:
-            refused.append(Refused(f"{error}; the {len(samples)} samples before that are used"))
-        return samples, refused
-
-    def _decode(self, stored: ShardSample, where: str) -> tuple[Record, dict[str, Tensor]]:
-        if "json" not in stored.members:
-            raise RecordError(f"{where}: has no record")
-        record = parse_record(stored.members["json"], where)
-        rate_hz = self.speech.sample_rate_hz
-        waveforms = {}
-        parts = []
-        for part in record.audio_parts():
-            if part.audio not in stored.members:
-                raise RecordError(f"{where}: its record names {part.audio!r}, and there is no such member")
-            name = part.audio.removesuffix("flac").rstrip(".") or "0"
-            waveforms[name] = read_audio(io.BytesIO(stored.members[part.audio]), rate_hz, where)
-            parts.append(replace(part, audio=name, duration_s=len(waveforms[name]) / rate_hz))
-        if not parts:
-            raise RecordError(f"{where}: its record holds no audio")
-        return with_audio_parts(record, parts), waveforms
-
-    def _batches(self, waveforms: list[tuple[int, str, Tensor]]) -> Iterator[list[tuple[int, str, Tensor]]]:
-        """Runs of `waveforms`, shortest first, of at most `batch_audio_s` with padding, or of one."""
-        limit = self.batch_audio_s * self.speech.sample_rate_hz
-        batch: list[tuple[int, str, Tensor]] = []
-        for item in waveforms:
-            if batch and (len(batch) + 1) * len(item[2]) > limit:
-                yield batch
-                batch = []
-            batch.append(item)
-        if batch:
-            yield batch
+def _finished(folder: Path, counts: dict[str, int], total: TokenStats, title: str) -> TokenStats:
+    """Name what was left out, and make the folder a dataset."""
+    if not total.num_samples:
+        raise UserError(f"{title}: no sample could be used: {'; '.join(total.refused[:3]) or 'it is empty'}")
+    for reason in total.refused[:_NAMED_REFUSALS]:
+        log.warning("left out: %s", reason)
+    if len(total.refused) > _NAMED_REFUSALS:
+        log.warning("left out: %d in all; %s names them", len(total.refused), folder / STATS_FILE)
+    finish_dataset(folder, counts)
+    total.save(folder / STATS_FILE)
+    return total
 
 
-def _speech_jobs(folder: Path, encoder: _Encoder) -> Iterator[Callable[[], Job]]:
-    for shard in list_shards(folder):
-        yield lambda shard=shard: encoder.encode(shard)
+def _write_texts(
+    folder: Path, renderer: Renderer, sha256: str, jobs: Iterator[Callable[[], TextJob]], title: str
+) -> TokenStats:
+    """Write a shard for each job, skipping those that are there."""
+    total = TokenStats(text_tokenizer_sha256=sha256)
+    counts = {}
+    with tqdm(unit="sample", desc=f"tokenize {title}", dynamic_ncols=True) as bar:
+        for number, job in enumerate(jobs):
+            path = folder / shard_name(number)
+            done = path.with_suffix(".stats.json")
+            if done.is_file():
+                stats = TokenStats.read(done)
+            else:
+                stats = TokenStats(text_tokenizer_sha256=sha256)
+                write_shard(path, _counted(job(), stats, renderer))
+                stats.save(done)
+            bar.update(stats.num_samples + len(stats.refused))
+            total.merge(stats)
+            if stats.num_samples:
+                counts[path.name] = stats.num_samples
+    return _finished(folder, counts, total, title)
 
 
-def _text_jobs(paths: list[Path], tokenizer: TextTokenizer, max_tokens: int) -> Iterator[Callable[[], Job]]:
+def _counted(job: TextJob, stats: TokenStats, renderer: Renderer) -> Iterator[ShardSample]:
+    for sample in job:
+        if isinstance(sample, Refused):
+            stats.refused.append(sample.reason)
+        else:
+            stats.add(sample, renderer)
+            yield encode_token_sample(sample)
+
+
+TextJob = Iterator[TokenSample | Refused]
+"""What one shard of text is made of."""
+
+
+def _text_jobs(paths: list[Path], tokenizer: TextTokenizer, max_tokens: int) -> Iterator[Callable[[], TextJob]]:
     for path in paths:
         with path.open(encoding="utf-8") as lines:
             numbered = enumerate(lines, 1)
@@ -247,7 +224,7 @@ def _text_jobs(paths: list[Path], tokenizer: TextTokenizer, max_tokens: int) -> 
                 yield lambda block=block, path=path: _texts(path, block, tokenizer, max_tokens)
 
 
-def _texts(path: Path, lines: list[tuple[int, str]], tokenizer: TextTokenizer, max_tokens: int) -> Job:
+def _texts(path: Path, lines: list[tuple[int, str]], tokenizer: TextTokenizer, max_tokens: int) -> TextJob:
     for number, line in lines:
         where = f"{path}:{number}"
         if not line.strip():
@@ -285,35 +262,63 @@ def divide_text(text: str, tokenizer: TextTokenizer, max_tokens: int) -> list[st
 
 
 def _text_files(source: Path) -> list[Path]:
+    """The files of a text corpus; none if the source holds recordings."""
     if source.is_file():
-        if source.suffix not in TEXT_SUFFIXES:
-            raise UserError(f"{source}: a text corpus is a {' or '.join(TEXT_SUFFIXES)} file")
-        return [source]
-    if list(source.rglob(SHARD_PATTERN)):
+        return [source] if source.suffix in TEXT_SUFFIXES and not _is_manifest(source) else []
+    if is_dataset(source) or any(path.suffix.lower() in {*AUDIO_SUFFIXES, ".tar"} for path in source.rglob("*")):
         return []
     return sorted(p for p in source.iterdir() if p.suffix in TEXT_SUFFIXES)
 
 
-def _splits(source: Path) -> dict[str, Path]:
-    if list(source.glob(SHARD_PATTERN)):
-        return {"": source}
-    splits = {p.name: p for p in sorted(source.iterdir()) if p.is_dir() and list(p.glob(SHARD_PATTERN))}
-    if not splits:
-        raise UserError(
-            f"{source}: neither shards nor .txt or .jsonl files in it; `stepaudio prepare` makes shards of recordings"
-        )
-    return splits
+def _is_manifest(path: Path) -> bool:
+    """Whether a .jsonl file lists recordings: its first object names audio, or holds messages."""
+    if path.suffix != ".jsonl":
+        return False
+    with path.open(encoding="utf-8") as lines:
+        first = next((line for line in lines if line.strip()), "")
+    try:
+        row = json.loads(first)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(row, dict) and not row.keys().isdisjoint(("audio", "messages"))
+
+
+def _splits(source: Path) -> dict[str, Split]:
+    if source.is_dir() and not list(source.glob("*.tar")):
+        folders = [p for p in sorted(source.iterdir()) if p.is_dir() and list(p.glob(SHARD_PATTERN))]
+        if folders:
+            return {folder.name: _split_of_shards(folder) for folder in folders}
+    if source.is_dir() and list(source.glob(SHARD_PATTERN)):
+        return {"": _split_of_shards(source)}
+    jobs, refused = recording_jobs(source)
+    return {"": Split(jobs, refused, None)}
+
+
+def _split_of_shards(folder: Path) -> Split:
+    return Split([TarJob(path) for path in list_shards(folder)], [], sum(shard_counts(folder).values()))
+
+
+def _files_of(source: Path, splits: dict[str, Split]) -> list[Path]:
+    """What the source's fingerprint is made of."""
+    tars = [job.path for split in splits.values() for job in split.jobs if isinstance(job, TarJob)]
+    if tars or not source.exists():
+        return tars
+    return [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
 
 
 def _claim(options: TokenizeOptions, files: list[Path]) -> None:
     """Make sure that the output folder is empty, or holds the beginning of exactly this work."""
     digest = hashlib.sha256(f"{options.max_text_tokens}|{file_sha256(options.text_tokenizer)}".encode())
+    if not files:
+        digest.update(str(options.source).encode())
     for file in files:
         digest.update(f"{file.relative_to(options.source) if file != options.source else file.name}".encode())
         digest.update(str(file.stat().st_size).encode())
     if options.speech_tokenizer is not None:
-        for file in sorted(options.speech_tokenizer.glob("*.safetensors")):
-            digest.update(file_sha256(file).encode())
+        digest.update(options.precision.encode())
+        for file in sorted(options.speech_tokenizer.rglob("*")):
+            if file.suffix in (".safetensors", ".onnx", ".npy", ".pt"):
+                digest.update(file_sha256(file).encode())
     marker = options.output / "tokenize.json"
     content = {"fingerprint": digest.hexdigest()}
     if marker.is_file():

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from stepaudio_train.tokenizers.dual import (
-    in_layout,
     audio_ids_to_text,
     audio_text_to_ids,
+    in_layout,
     merge_streams,
     num_groups,
     split_streams,
