@@ -9,30 +9,26 @@ rebuild the spectrum (paper 3.1). Writes text.model, linguistic.safetensors, sem
 speech_tokenizer.json, metrics.jsonl and summary.json (error rates on held-out recordings, use of the codes).
 """
 
-import io
 import json
 import logging
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from stepaudio_train.audio import AudioError, read_audio
-from stepaudio_train.audio.features import SAMPLE_RATE_HZ
+from stepaudio_train.audio.features import Features
 from stepaudio_train.commands.parts import exclusive
 from stepaudio_train.config.compose import read_config, run_recipe, save_config
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.tokenizer import TokenizerTrainConfig, tokenizer_problems
 from stepaudio_train.data.files import write_atomically
-from stepaudio_train.data.records import RecordError, parse_record
-from stepaudio_train.data.shards import list_shards, read_shard
-from stepaudio_train.tokenizers.learning.corpus import Clip, ClipFeatures, Features
+from stepaudio_train.data.transcribed import clips, transcripts
+from stepaudio_train.tokenizers.learning.corpus import ClipFeatures
 from stepaudio_train.tokenizers.learning.linguistic_training import train_linguistic
 from stepaudio_train.tokenizers.learning.optimisation import Report
 from stepaudio_train.tokenizers.learning.semantic_training import train_semantic
@@ -85,8 +81,7 @@ def train_text(run: Path, config: TokenizerTrainConfig) -> None:
     """Learn text pieces from the transcripts."""
     if not (run / TEXT_FILE).is_file():
         folder = Path(config.corpus) / config.train_split
-        texts = (text for shard in list_shards(folder) for _, text, _ in transcribed(shard))
-        train_text_tokenizer(texts, config.text_size, run / TEXT_FILE)
+        train_text_tokenizer((text for _, text, _ in transcripts(folder)), config.text_size, run / TEXT_FILE)
 
 
 def train_encoder(name: str, config: TokenizerTrainConfig) -> None:
@@ -121,36 +116,10 @@ def summarise(run: Path, config: TokenizerTrainConfig) -> None:
 def features(config: TokenizerTrainConfig, analyse: Features) -> tuple[ClipFeatures, ClipFeatures]:
     """What is learned from, and what is measured on."""
     train, held_out = (
-        ClipFeatures.compute(clips(config, split), analyse) for split in (config.train_split, config.held_out_split)
+        ClipFeatures.compute(clips(Path(config.corpus) / split), analyse)
+        for split in (config.train_split, config.held_out_split)
     )
     return train, held_out
-
-
-def clips(config: TokenizerTrainConfig, split: str) -> Iterator[Clip]:
-    """Transcribed recordings of a split; unreadable ones are named and left out."""
-    for shard in list_shards(Path(config.corpus) / split):
-        for name, text, audio in transcribed(shard):
-            try:
-                yield Clip(read_audio(io.BytesIO(audio), SAMPLE_RATE_HZ, name), text)
-            except AudioError as error:
-                log.warning("left out: %s", error)
-
-
-def transcribed(shard: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Name, transcript and audio file of every transcribed recording in a tar.
-
-    Joined records are left out: their pieces are there by themselves, and CTC learns sooner from short clips."""
-    for sample in read_shard(shard):
-        where = f"{shard}: {sample.key}"
-        try:
-            record = parse_record(sample.members["json"], where)
-            if "pieces" in record.meta:
-                continue
-            yield from ((where, part.text, sample.members[part.audio]) for part in record.audio_parts() if part.text)
-        except KeyError as error:
-            log.warning("left out: %s has no member %s", where, error)
-        except RecordError as error:
-            log.warning("left out: %s", error)
 
 
 def reporter(bar: tqdm, name: str, metrics_file: Path) -> Report:

@@ -74,7 +74,7 @@ class WhisperEncoder(nn.Module):
         # slow to look beyond that: word errors after 500 steps on spoken digits were 22%, and 2.5% with this.
         for convolution in (self.conv1, self.conv2):
             convolution.weight.data.mul_(_INITIAL_GAIN)
-        self.register_buffer("positional_embedding", _sinusoids(config.max_positions, size))
+        self.register_buffer("positional_embedding", sinusoids(config.max_positions, size))
         self.blocks = nn.ModuleList([Block(size, config.num_heads) for _ in range(config.num_blocks)])
 
     def forward(self, mel: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def num_tokens(num_frames: Tensor) -> Tensor:
     return ((num_frames + 1) // 2 + 1) // 2
 
 
-def _sinusoids(length: int, channels: int) -> Tensor:
+def sinusoids(length: int, channels: int) -> Tensor:
     """[length, channels] position encoding; positions count from 0, sines fill the first half."""
     half = channels // 2
     rates = torch.exp(torch.arange(half) * (-math.log(10000.0) / (half - 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepaudio_train.tokenizers.learning.parallel import all_sum, from_first
 from stepaudio_train.tokenizers.linguistic import nearest
 
 _ROWS_AT_ONCE = 16384
@@ -29,6 +30,48 @@ def kmeans(points: Tensor, num_clusters: int, iterations: int, generator: torch.
         if len(empty):
             centroids[empty] = points[distances.topk(len(empty)).indices]
     return centroids
+
+
+class MiniBatchKMeans:
+    """k-means over points that come in batches, on any number of processes (Sculley 2010): a centroid moves to the mean
+    of all points it has been nearest to so far. Centroids that nothing chose for a while move to far points."""
+
+    _PATIENCE = 20
+    """Batches without a point before a centroid is moved."""
+
+    def __init__(self, centroids: Tensor) -> None:
+        """
+        Args:
+            centroids: [K, D], changed in place; the same on all processes.
+        """
+        self._centroids = centroids
+        self.counts = torch.zeros(len(centroids), device=centroids.device)
+        self.idle = torch.zeros(len(centroids), device=centroids.device)
+
+    @torch.no_grad()
+    def update(self, points: Tensor) -> dict[str, float]:
+        """Learn from points [N, D], this process's share of a batch.
+
+        Returns:
+            `inertia`, the mean squared distance of a point before the update; `used`, the share of centroids chosen.
+        """
+        labels, distances = assign(points, self._centroids)
+        hits = all_sum(torch.bincount(labels, minlength=len(self._centroids)).float())
+        sums = all_sum(torch.zeros_like(self._centroids).index_add_(0, labels, points))
+        self.counts += hits
+        # Moving by hits / all hits so far is what gives the mean of all points.
+        steps = (sums - hits[:, None] * self._centroids) / self.counts.clamp(min=1)[:, None]
+        self._centroids += steps
+        self.idle = torch.where(hits > 0, 0.0, self.idle + 1)
+        dead = (self.idle >= self._PATIENCE).nonzero()[:, 0]
+        if len(dead):
+            far = distances.topk(min(len(dead), len(points))).indices
+            chosen = points[far[torch.arange(len(dead), device=far.device) % len(far)]]
+            self._centroids[dead] = from_first(chosen.contiguous())
+            self.counts[dead] = 0
+            self.idle[dead] = 0
+        totals = all_sum(torch.tensor([float(distances.sum()), float(len(points))]))
+        return {"inertia": float(totals[0] / totals[1]), "used": float((hits > 0).float().mean())}
 
 
 def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepaudio_train.audio import peak_normalise
-from stepaudio_train.audio.features import pad_clips
+from stepaudio_train.audio.features import Features, pad_clips
 
 _FRAMES_PER_S = 100
 _CLIPS_AT_ONCE = 64
@@ -19,9 +19,6 @@ _CLIPS_SORTED = 2048
 """Clips sorted by length at a time, so that a batch is hardly padded."""
 
 T = TypeVar("T")
-
-Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""([B, N] samples, [B] counts) -> ([B, T, M] log power, [B] frames)."""
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from stepaudio_train.config.tokenizer import AugmentConfig, EncoderTrainConfig, LinguisticConfig
 from stepaudio_train.tokenizers.dual import LINGUISTIC_PER_GROUP
+from stepaudio_train.tokenizers.learning.attention_head import AttentionHead
 from stepaudio_train.tokenizers.learning.augment import corrupt, warp
 from stepaudio_train.tokenizers.learning.clustering import kmeans, perplexity
 from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, shuffled_batches, sorted_batches
-from stepaudio_train.tokenizers.learning.optimisation import Report, optimise, resolve_device
+from stepaudio_train.tokenizers.learning.optimisation import Report, Term, combine, optimise, resolve_device
+from stepaudio_train.tokenizers.learning.parallel import all_sum
 from stepaudio_train.tokenizers.learning.probe import CodedClips, probe_word_error
-from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_loss, greedy, word_error_rate
+from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_term, greedy, word_error_rate
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 
 _KMEANS_ITERATIONS = 20
 _KMEANS_POINTS = 200_000
 _BATCH_S = 60.0
 """Seconds per batch where no gradient is needed."""
+
+
+class LinguisticObjective(nn.Module):
+    """What the linguistic encoder learns by: CTC on transcripts, and attention beside it where it has a weight."""
+
+    def __init__(self, tokenizer: LinguisticTokenizer, alphabet: Alphabet, attention_weight: float = 0.0) -> None:
+        super().__init__()
+        size = tokenizer.config.hidden_size
+        self.tokenizer = tokenizer
+        self.alphabet = alphabet
+        self.head = nn.Linear(size, alphabet.labels_per_token * alphabet.num_labels)
+        self.attention = AttentionHead(size, alphabet.num_labels) if attention_weight else None
+        self._attention_weight = attention_weight
+
+    def recognise(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, places, labels] and the places [B] of the frames that the dual codebook keeps.
+
+        What is dropped behind the last whole group must not be needed to tell the words."""
+        return self._places(*self.tokenizer.encode_features(features, num_frames))
+
+    def terms(self, features: Tensor, num_frames: Tensor, labels: Sequence[Sequence[int]]) -> dict[str, Term]:
+        """The parts of the loss for a batch of fbank features [B, T, M]."""
+        hidden, counts = self.tokenizer.encode_features(features, num_frames)
+        found = {"ctc": ctc_term(*self._places(hidden, counts), labels)}
+        if self.attention is not None:
+            term = self.attention(hidden, counts, labels)
+            found["attention"] = Term(term.total, term.count, self._attention_weight)
+        return found
+
+    def _places(self, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(hidden).unflatten(-1, (self.alphabet.labels_per_token, -1)).flatten(1, 2)
+        kept = counts // LINGUISTIC_PER_GROUP * LINGUISTIC_PER_GROUP
+        return logits, kept * self.alphabet.labels_per_token
 
 
 def train_linguistic(
@@ -42,10 +79,8 @@ def train_linguistic(
     alphabet = Alphabet(train.texts)
     place = resolve_device(device)
     tokenizer = LinguisticTokenizer(config)
-    _set_cmvn(tokenizer, train)
-    head = nn.Linear(config.hidden_size, alphabet.labels_per_token * alphabet.num_labels)
-    tokenizer.to(place)
-    head.to(place)
+    set_cmvn(tokenizer, (train.stack(indices) for indices in sorted_batches(train, _BATCH_S)))
+    objective = LinguisticObjective(tokenizer, alphabet).to(place)
     labels = [alphabet.encode(text) for text in train.texts]
     batches = shuffled_batches(train, training.batch_s, generator)
 
@@ -53,18 +88,17 @@ def train_linguistic(
         indices = next(batches)
         features, num_frames = warp(*train.stack(indices), augment, generator)
         features = corrupt(features, num_frames, augment, generator)
-        logits, places = _recognise(tokenizer, head, alphabet, features.to(place), num_frames.to(place))
-        return {"loss": ctc_loss(logits, places, [labels[index] for index in indices])}
+        terms = objective.terms(features.to(place), num_frames.to(place), [labels[index] for index in indices])
+        return combine(terms)
 
-    optimise([tokenizer.encoder, head], training, losses, report)
-    tokenizer.to("cpu").eval()
-    head.to("cpu")
+    optimise([tokenizer.encoder, objective.head], training, losses, report)
+    objective.to("cpu").eval()
     with torch.inference_mode():
         points = torch.cat([*_frames(tokenizer, train), *_frames(tokenizer, train, augment, generator)])
         sample = points[torch.randperm(len(points), generator=generator)[:_KMEANS_POINTS]]
         tokenizer.centroids.copy_(kmeans(sample, config.codebook_size, _KMEANS_ITERATIONS, generator))
         coded = [_coded(tokenizer, data) for data in (train, held_out)]
-        readings = _read(tokenizer, head, held_out, alphabet)
+        readings = _read(objective, held_out)
     codes = torch.cat(coded[0].codes)
     return tokenizer, {
         "ctc_word_error": word_error_rate(held_out.texts, readings),
@@ -74,44 +108,31 @@ def train_linguistic(
     }
 
 
-def _set_cmvn(tokenizer: LinguisticTokenizer, data: ClipFeatures) -> None:
-    """Shift and scale every input of the encoder to mean 0 and deviation 1 over the training clips."""
-    total, squares, count = 0.0, 0.0, 0
-    for indices in sorted_batches(data, _BATCH_S):
-        stacked, counts = tokenizer.stack(*data.stack(indices))
+def set_cmvn(tokenizer: LinguisticTokenizer, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Shift and scale every input of the encoder to mean 0 and deviation 1 over batches of fbank features, [B, T, M]
+    and [B] frames; those of all processes that train together."""
+    size = tokenizer.config.input_size
+    total, squares, count = torch.zeros(size).double(), torch.zeros(size).double(), torch.zeros(1).double()
+    for batch in batches:
+        stacked, counts = tokenizer.stack(*batch)
         # Stacked frames past a clip's end are zero and add nothing.
-        total = total + stacked.double().sum(dim=(0, 1))
-        squares = squares + stacked.double().square().sum(dim=(0, 1))
-        count += int(counts.sum())
+        total += stacked.double().sum(dim=(0, 1))
+        squares += stacked.double().square().sum(dim=(0, 1))
+        count += counts.sum()
+    for sums in (total, squares, count):
+        all_sum(sums)
     mean = total / count
     deviation = (squares / count - mean.square()).clamp(min=1e-6).sqrt()
     tokenizer.cmvn_shift.copy_(-mean)
     tokenizer.cmvn_scale.copy_(1 / deviation)
 
 
-def _recognise(
-    tokenizer: LinguisticTokenizer, head: nn.Linear, alphabet: Alphabet, features: Tensor, num_frames: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, places, labels] and the places [B] of the frames that the dual codebook keeps.
-
-    What is dropped behind the last whole group must not be needed to tell the words."""
-    hidden, counts = tokenizer.encode_features(features, num_frames)
-    logits = head(hidden).unflatten(-1, (alphabet.labels_per_token, -1)).flatten(1, 2)
-    kept = counts // LINGUISTIC_PER_GROUP * LINGUISTIC_PER_GROUP
-    return logits, kept * alphabet.labels_per_token
-
-
-def _read(
-    tokenizer: LinguisticTokenizer,
-    head: nn.Linear,
-    data: ClipFeatures,
-    alphabet: Alphabet,
-) -> list[str]:
+def _read(objective: LinguisticObjective, data: ClipFeatures) -> list[str]:
     texts = [""] * len(data.texts)
     for indices in sorted_batches(data, _BATCH_S):
-        readings = greedy(*_recognise(tokenizer, head, alphabet, *data.stack(indices)))
+        readings = greedy(*objective.recognise(*data.stack(indices)))
         for index, labels in zip(indices, readings, strict=True):
-            texts[index] = alphabet.decode(labels)
+            texts[index] = objective.alphabet.decode(labels)
     return texts
 
 

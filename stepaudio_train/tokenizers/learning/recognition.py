@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepaudio_train.tokenizers.learning.optimisation import Term
+
 BLANK = 0
 
 MOST_WORDS = 200
@@ -60,19 +62,22 @@ def words_of(text: str) -> list[str]:
 
 
 def ctc_loss(logits: Tensor, lengths: Tensor, labels: Sequence[Sequence[int]]) -> Tensor:
-    """CTC loss per label.
+    """`ctc_term` per label: a scalar in nats."""
+    term = ctc_term(logits, lengths, labels)
+    return term.total / max(1, term.count)
+
+
+def ctc_term(logits: Tensor, lengths: Tensor, labels: Sequence[Sequence[int]]) -> Term:
+    """CTC loss in nats, summed over the batch and its labels. Clips too short for their text count nothing.
 
     Args:
         logits: [B, T, labels]; lengths: [B] places of each clip; labels: without blanks, B sequences.
-
-    Returns:
-        Scalar: nats summed over the batch, divided by its labels. Clips too short for their text count nothing.
     """
     sizes = torch.tensor([len(sequence) for sequence in labels])
     targets = torch.tensor([label for sequence in labels for label in sequence], device=logits.device)
     log_probs = F.log_softmax(logits.float(), dim=-1).transpose(0, 1)
     total = F.ctc_loss(log_probs, targets, lengths.cpu(), sizes, BLANK, reduction="sum", zero_infinity=True)
-    return total / max(1, int(sizes.sum()))
+    return Term(total, int(sizes.sum()))
 
 
 def greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +13,21 @@ from torch import Tensor, nn
 from stepaudio_train.audio.features import length_mask, normalise_log_mel
 from stepaudio_train.config.tokenizer import AugmentConfig, EncoderTrainConfig, SemanticConfig, SemanticLossConfig
 from stepaudio_train.tokenizers.dual import SEMANTIC_PER_GROUP
+from stepaudio_train.tokenizers.learning.attention_head import AttentionHead
 from stepaudio_train.tokenizers.learning.augment import corrupt, warp
 from stepaudio_train.tokenizers.learning.clustering import perplexity
 from stepaudio_train.tokenizers.learning.codebook import CodebookLearner
 from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, shuffled_batches, sorted_batches
-from stepaudio_train.tokenizers.learning.optimisation import Report, optimise, resolve_device
+from stepaudio_train.tokenizers.learning.optimisation import Report, Term, combine, optimise, resolve_device
 from stepaudio_train.tokenizers.learning.probe import CodedClips, probe_word_error
-from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_loss, greedy, word_error_rate
+from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_term, greedy, word_error_rate
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
 
 _NATS = math.log(10.0)
 _FRAMES_PER_TOKEN = 4
 _LAYERS = 2
 _TAPS = 5
+_RECENT_BATCHES = 50
 _BATCH_S = 60.0
 """Seconds per batch where no gradient is needed."""
 
@@ -60,6 +63,86 @@ class Decoder(nn.Module):
         return logits, mel.unflatten(-1, (_FRAMES_PER_TOKEN, -1)).flatten(1, 2)
 
 
+class SemanticObjective(nn.Module):
+    """What the semantic encoder and its codes learn by: the codes are made to keep words and spectrum.
+
+    At first frames go on unquantised; then the codes start from the frames seen last and move along."""
+
+    def __init__(
+        self,
+        tokenizer: SemanticTokenizer,
+        alphabet: Alphabet,
+        weights: SemanticLossConfig,
+        generator: torch.Generator,
+        attention_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.alphabet = alphabet
+        self.decoder = Decoder(tokenizer.config, alphabet.num_labels, alphabet.labels_per_token)
+        self.attention = AttentionHead(tokenizer.config.hidden_size, alphabet.num_labels) if attention_weight else None
+        self.learner = CodebookLearner(tokenizer.quantizer._codebook, weights.code_decay, generator)
+        self.recent: deque[Tensor] = deque(maxlen=_RECENT_BATCHES)
+        """Frames [N, D] of the last batches, as long as there are no codes."""
+        self.quantised = False
+        self._weights, self._attention_weight = weights, attention_weight
+
+    def quantise_from(self, first: int, step: int) -> None:
+        """Call it before every step: from step `first` on frames are quantised, at first by codes placed among the
+        frames seen last."""
+        if step >= first and not self.quantised:
+            self.learner.start(torch.cat(list(self.recent)))
+            self.recent.clear()
+            self.quantised = True
+
+    def go_on_with_codes(self) -> None:
+        """From here on frames are quantised, by the codes that the tokenizer has."""
+        self.learner.go_on()
+        self.quantised = True
+
+    def terms(
+        self, heard: Tensor, num_frames: Tensor, mel: Tensor, mean_mel: Tensor, labels: Sequence[Sequence[int]]
+    ) -> dict[str, Term]:
+        """The parts of the loss for a batch; the codes are moved on the way.
+
+        Args:
+            heard: [B, T, M] log10 mel power; num_frames: [B]; mel: [B, T, M] to rebuild; mean_mel: [B, M] of it.
+        """
+        hidden, counts = self.tokenizer.encode_features(heard, num_frames)
+        frames = self.tokenizer.quantizer.normalise(hidden)
+        inside = length_mask(counts, frames.shape[1])
+        distances = torch.zeros(1, device=frames.device)
+        quantised = frames
+        if self.quantised:
+            ids = self.tokenizer.quantizer.encode(hidden)
+            codes = self.tokenizer.quantizer.codes[ids]
+            distances = (frames - codes).square().sum(dim=-1)[inside]
+            quantised = frames + (codes - frames).detach()
+            self.learner.update(frames[inside].detach(), ids[inside])
+        else:
+            self.recent.append(frames[inside].detach())
+        logits, spectrum = self.decoder(quantised, counts, mean_mel)
+        kept = counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * self.alphabet.labels_per_token
+        errors = (spectrum[:, : mel.shape[1]] - mel).abs().mean(dim=-1)[length_mask(num_frames, mel.shape[1])]
+        found = {
+            "ctc": ctc_term(logits, kept, labels),
+            "spectrum": Term(errors.sum(), errors.numel(), self._weights.spectrum),
+            "commitment": Term(distances.sum(), distances.numel(), self._weights.commitment),
+        }
+        if self.attention is not None:
+            term = self.attention(quantised, counts, labels)
+            found["attention"] = Term(term.total, term.count, self._attention_weight)
+        return found
+
+    def recognise(self, features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, places, labels] and places [B], read from the quantised frames alone."""
+        hidden, counts = self.tokenizer.encode_features(features, num_frames)
+        codes = self.tokenizer.quantizer.codes[self.tokenizer.quantizer.encode(hidden)]
+        mean_mel = torch.zeros(len(features), self.decoder.voice.in_features, device=features.device)
+        logits, _ = self.decoder(codes, counts, mean_mel)
+        return logits, counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * self.alphabet.labels_per_token
+
+
 def train_semantic(
     config: SemanticConfig,
     training: EncoderTrainConfig,
@@ -73,8 +156,6 @@ def train_semantic(
 ) -> tuple[SemanticTokenizer, dict[str, float]]:
     """Train on log10 mel features (`SemanticTokenizer.features`) and measure on `held_out`.
 
-    The first part runs without quantisation; then the codes start from the frames seen last and move along.
-
     Returns:
         The tokenizer, and metrics: `ctc_word_error` (percent, held out, from the quantised frames),
         `probe_word_error` (percent, held out, read from the codes alone), `codes_used`, `perplexity`.
@@ -84,45 +165,22 @@ def train_semantic(
     alphabet = Alphabet(train.texts)
     place = resolve_device(device)
     tokenizer = SemanticTokenizer(config).to(place)
-    decoder = Decoder(config, alphabet.num_labels, alphabet.labels_per_token).to(place)
-    learner = CodebookLearner(tokenizer.quantizer._codebook, weights.code_decay, generator)
+    objective = SemanticObjective(tokenizer, alphabet, weights, generator).to(place)
     labels = [alphabet.encode(text) for text in train.texts]
     batches = shuffled_batches(train, training.batch_s, generator)
-    recent: deque[Tensor] = deque(maxlen=50)
     first_quantised = round(training.steps * weights.unquantised_share)
 
     def losses(step: int) -> dict[str, Tensor]:
         indices = next(batches)
-        altered = _altered(train.stack(indices), augment, generator)
-        features, num_frames, mel, mean_mel = (tensor.to(place) for tensor in altered)
-        hidden, counts = tokenizer.encode_features(features, num_frames)
-        frames = tokenizer.quantizer.normalise(hidden)
-        inside = length_mask(counts, frames.shape[1])
-        commitment = torch.zeros((), device=place)
-        if step < first_quantised:
-            recent.append(frames[inside].detach())
-            quantised = frames
-        else:
-            if step == first_quantised:
-                learner.start(torch.cat([*recent, frames[inside].detach()]))
-            ids = tokenizer.quantizer.encode(hidden)
-            codes = tokenizer.quantizer.codes[ids]
-            commitment = (frames - codes).square().sum(dim=-1)[inside].mean()
-            quantised = frames + (codes - frames).detach()
-            learner.update(frames[inside].detach(), ids[inside])
-        logits, spectrum = decoder(quantised, counts, mean_mel)
-        kept = counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * alphabet.labels_per_token
-        characters = ctc_loss(logits, kept, [labels[index] for index in indices])
-        error = (spectrum[:, : mel.shape[1]] - mel).abs().mean(dim=-1)[length_mask(num_frames, mel.shape[1])].mean()
-        loss = characters + weights.spectrum * error + weights.commitment * commitment
-        return {"loss": loss, "ctc": characters, "spectrum": error, "commitment": commitment}
+        altered = altered_mel(train.stack(indices), augment, generator)
+        objective.quantise_from(max(1, first_quantised), step)
+        return combine(objective.terms(*(t.to(place) for t in altered), [labels[index] for index in indices]))
 
-    optimise([tokenizer.encoder, decoder], training, losses, report)
-    tokenizer.to("cpu").eval()
-    decoder.to("cpu")
+    optimise([tokenizer.encoder, objective.decoder], training, losses, report)
+    objective.to("cpu").eval()
     with torch.inference_mode():
         coded = [_coded(tokenizer, data) for data in (train, held_out)]
-        readings = _read(tokenizer, decoder, coded[1], alphabet)
+        readings = _read(tokenizer, objective.decoder, coded[1], alphabet)
     codes = torch.cat(coded[0].codes)
     return tokenizer, {
         "ctc_word_error": word_error_rate(held_out.texts, readings),
@@ -132,7 +190,7 @@ def train_semantic(
     }
 
 
-def _altered(
+def altered_mel(
     batch: tuple[Tensor, Tensor], augment: AugmentConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the encoder hears [B, T, M] (log10), frames [B], what the decoder rebuilds [B, T, M] and its mean [B, M].
