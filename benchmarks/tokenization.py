@@ -47,7 +47,7 @@ def main() -> None:
         loaded = SpeechTokenizer.from_directory(chosen.tokenizer, "cpu")
         linguistic, semantic = loaded.linguistic, loaded.semantic
     else:
-        linguistic, semantic = _random(chosen.size, clips)
+        linguistic, semantic = random_tokenizers(chosen.size, clips)
     with tempfile.TemporaryDirectory() as folder:
         rows = _measure(linguistic, semantic, clips, Path(folder), chosen.device)
     report(f"Tokenisation, {len(clips)} clips, {sum(map(len, clips)) / 16000:.0f} s", rows, chosen.json)
@@ -64,7 +64,8 @@ def _clips(audio_s: float) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _random(size: str, clips: Sequence[Tensor]) -> tuple[LinguisticTokenizer, SemanticTokenizer]:
+def random_tokenizers(size: str, clips: Sequence[Tensor]) -> tuple[LinguisticTokenizer, SemanticTokenizer]:
+    """Untrained tokenizers whose codes are frames that they make of `clips`."""
     released = size == "released"
     linguistic = LinguisticTokenizer(LinguisticConfig.released() if released else LinguisticConfig()).eval()
     semantic = SemanticTokenizer(SemanticConfig.released() if released else SemanticConfig()).eval()

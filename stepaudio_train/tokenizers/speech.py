@@ -39,7 +39,7 @@ from stepaudio_train.tokenizers.weight_files import (
 )
 
 SHORTEST_PIECE_SAMPLES = 480
-"""A last piece shorter than this gives no semantic codes, as released."""
+"""A piece shorter than this, its context included, gives no semantic codes, as released."""
 _SEGMENT_FRAMES = 3000
 _BATCH_SAMPLES = 60 * SAMPLE_RATE_HZ
 
@@ -182,13 +182,13 @@ class Piece:
 
 
 def semantic_pieces(num_samples: int, config: SemanticConfig) -> list[Piece]:
-    """The pieces of a recording. As released, a last one of under 480 samples gives no tokens."""
+    """The pieces of a recording. As released, one that is heard for under 480 samples in all gives no tokens."""
     length, context = config.piece_tokens * SAMPLES_PER_TOKEN, config.context_tokens * SAMPLES_PER_TOKEN
     pieces = []
     for start in range(0, num_samples, length):
         stop = min(start + length, num_samples)
-        if stop - start >= SHORTEST_PIECE_SAMPLES:
-            begin = max(0, start - context)
+        begin = max(0, start - context)
+        if stop - begin >= SHORTEST_PIECE_SAMPLES:
             pieces.append(Piece(begin, stop, (start - begin) // SAMPLES_PER_TOKEN))
     return pieces
 

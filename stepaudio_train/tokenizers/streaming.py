@@ -133,8 +133,8 @@ class SemanticStream:
 
     @torch.inference_mode()
     def finish(self) -> Tensor:
-        """The ids of the last, shorter piece; none if it has under 480 samples."""
-        if len(self.state["samples"]) - int(self.state["heard"]) < SHORTEST_PIECE_SAMPLES:
+        """The ids of the last, shorter piece; none if it has under 480 samples with its context."""
+        if len(self.state["samples"]) < max(SHORTEST_PIECE_SAMPLES, int(self.state["heard"]) + 1):
             return torch.zeros(0, dtype=torch.int64)
         return self._encode(self.state["samples"])
 
@@ -146,13 +146,17 @@ class SemanticStream:
 
 
 class SpeechStream:
-    """Both tokenizers side by side on one recording, each in a thread of its own."""
+    """Both tokenizers side by side on one recording.
+
+    On CUDA each has a thread of its own, so that neither waits for the other's kernels to be launched. A CPU's cores
+    work on one matrix product together, and two of those at once would only wait for each other.
+    """
 
     def __init__(self, speech: SpeechTokenizer) -> None:
         self._device = speech.device
         self._linguistic = LinguisticStream(speech.linguistic)
         self._semantic = SemanticStream(speech.semantic)
-        self._threads = ThreadPoolExecutor(2)
+        self._threads = ThreadPoolExecutor(2) if speech.device.type == "cuda" else None
 
     def feed(self, samples: Tensor) -> SpeechTokens:
         """Add samples and get the codes that are new.
@@ -166,12 +170,17 @@ class SpeechStream:
     def finish(self) -> SpeechTokens:
         """The recording ends: the codes of what is left. The stream takes no more samples."""
         tokens = self._both(self._linguistic.finish, self._semantic.finish)
-        self._threads.shutdown()
+        if self._threads is not None:
+            self._threads.shutdown()
         return tokens
 
     def _both(self, linguistic: Callable[[], Tensor], semantic: Callable[[], Tensor]) -> SpeechTokens:
-        ids = [self._threads.submit(part) for part in (linguistic, semantic)]
-        first, second = (waiting.result().numpy().astype(np.int32) for waiting in ids)
+        parts = (linguistic, semantic)
+        if self._threads is None:
+            ids = [part() for part in parts]
+        else:
+            ids = [waiting.result() for waiting in [self._threads.submit(part) for part in parts]]
+        first, second = (found.numpy().astype(np.int32) for found in ids)
         return SpeechTokens(first, second)
 
     def state(self) -> State:
