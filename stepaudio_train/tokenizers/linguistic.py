@@ -27,7 +27,7 @@ from stepaudio_train.tokenizers.precision import Linear
 _NORM_EPS = 1e-12
 _TAIL_FRAMES = 2
 """Fbank frames that a chunk's last samples do not complete: a frame is 25 ms long and begins every 10 ms."""
-BLOCK_WINDOWS = 64
+BLOCK_WINDOWS = 128
 """Windows that go through all layers together when nothing is learned: their activations stay in a CPU's cache."""
 _BLOCK_MULTIPLE = 32
 """Matrix libraries add up in another order for few rows. With whole multiples of this many windows a clip's ids do not
@@ -310,13 +310,14 @@ def _filled(block: Windows) -> Windows:
 def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve each channel of x [N, W, D] over time with its own taps, weight [D, 1, odd K]; same length.
 
-    A sum of shifted products: on a CPU twice as fast as torch's grouped convolution (measured at 8 x 50 x 128, K 11).
+    A sum of shifted products: on a CPU faster than torch's grouped convolution, and windows are shorter than the taps.
     """
     taps = weight[:, 0].T
-    padded = F.pad(x, (0, 0, len(taps) // 2, len(taps) // 2))
-    total = padded[:, : x.shape[1]] * taps[0]
-    for shift in range(1, len(taps)):
-        total = torch.addcmul(total, padded[:, shift : shift + x.shape[1]], taps[shift])
+    middle = len(taps) // 2
+    total = x * taps[middle]
+    for shift in range(1, min(middle, x.shape[1] - 1) + 1):
+        total[:, :-shift].addcmul_(x[:, shift:], taps[middle + shift])
+        total[:, shift:].addcmul_(x[:, :-shift], taps[middle - shift])
     return total
 
 
