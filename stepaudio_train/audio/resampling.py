@@ -42,18 +42,19 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
     parts = []
     for start in range(0, -(-length // phases), steps_at_once):
         begin = start * step
-        block = padded[begin : begin + (steps_at_once - 1) * step + kernel.shape[-1]]
-        parts.append(F.conv1d(block[None, None], kernel, stride=step)[0].T.reshape(-1))
+        block = padded[begin : begin + (steps_at_once - 1) * step + len(kernel)]
+        # A matrix product: many times as fast as torch's convolution of one channel.
+        parts.append((block.unfold(0, len(kernel), step) @ kernel).reshape(-1))
     return torch.cat(parts)[:length]
 
 
 @lru_cache(maxsize=32)
 def _kernel(step: int, phases: int) -> tuple[Tensor, int]:
-    """Taps [phases, 1, 2 * reach + step], and how far they reach beyond a stride on either side."""
+    """Taps [2 * reach + step, phases], and how far they reach beyond a stride on either side."""
     cut_off = min(step, phases) * _ROLL_OFF
     reach = math.ceil(_ZERO_CROSSINGS * step / cut_off)
     places = torch.arange(-reach, reach + step, dtype=torch.float64) / step
-    offsets = torch.arange(0, -phases, -1, dtype=torch.float64)[:, None, None] / phases
+    offsets = torch.arange(0, -phases, -1, dtype=torch.float64)[:, None] / phases
     times = ((offsets + places) * cut_off).clamp(-_ZERO_CROSSINGS, _ZERO_CROSSINGS)
     window = torch.cos(times * math.pi / _ZERO_CROSSINGS / 2).square()
-    return (torch.sinc(times) * window * (cut_off / step)).float(), reach
+    return (torch.sinc(times) * window * (cut_off / step)).float().T.contiguous(), reach
