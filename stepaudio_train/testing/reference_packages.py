@@ -28,7 +28,7 @@ def reference_module(name: str) -> ModuleType:
         if spec is None or spec.submodule_search_locations is None:
             raise ModuleNotFoundError(f"{package} is not installed; type: make setup")
         bare = ModuleType(package)
-        bare.__path__ = list(spec.submodule_search_locations)
+        bare.__path__, bare.__spec__ = list(spec.submodule_search_locations), spec
         sys.modules[package] = bare
     stands_in = importlib.util.find_spec("torchaudio") is None
     if stands_in:
