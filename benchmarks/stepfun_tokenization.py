@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepaudio_train.audio import peak_normalise
 from stepaudio_train.audio.features import normalise_log_mel
-from stepaudio_train.config.tokenizer import LinguisticConfig
-from stepaudio_train.testing.reference_packages import reference_module
+from stepaudio_train.testing.reference_packages import funasr_cache, funasr_encoder
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.released.onnx_writing import write_semantic_onnx
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
@@ -32,7 +31,7 @@ class OneFileAtATime:
             folder: for the ONNX file; onnx_threads: StepFun's code sets 1.
         """
         self._front, self._semantic = linguistic, semantic
-        self._encoder = _funasr_encoder(linguistic.config)
+        self._encoder = funasr_encoder(linguistic.config)
         self._encoder.load_state_dict(linguistic.encoder.state_dict())
         path = folder / "speech_tokenizer_v1.onnx"
         if not path.is_file():
@@ -50,14 +49,7 @@ class OneFileAtATime:
 
     def _linguistic_codes(self, waveform: Tensor) -> np.ndarray:
         front, config = self._front, self._front.config
-        cache = {
-            "start_idx": 0,
-            "chunk_size": [0, config.chunk_frames, config.overlap_frames],
-            "encoder_chunk_look_back": config.look_back_chunks,
-            "opt": None,
-            "feats": torch.zeros(1, config.overlap_frames, config.input_size),
-            "tail_chunk": False,
-        }
+        cache = funasr_cache(config)
         frames = torch.zeros(0, config.num_mel_bins)
         outputs = []
         for start in range(0, len(waveform), _CHUNK_SAMPLES):
@@ -91,24 +83,3 @@ class OneFileAtATime:
             given = dict(zip(self._names, (mel.numpy(), count.int().numpy()), strict=True))
             codes.append(self._session.run(None, given)[0].flatten())
         return np.concatenate(codes)
-
-
-def _funasr_encoder(config: LinguisticConfig) -> nn.Module:
-    encoder: nn.Module = reference_module("funasr.models.scama.encoder").SANMEncoderChunkOpt(
-        input_size=config.input_size,
-        output_size=config.hidden_size,
-        attention_heads=config.num_heads,
-        linear_units=config.ffn_size,
-        num_blocks=config.num_blocks,
-        input_layer="pe_online",
-        normalize_before=True,
-        kernel_size=config.kernel_size,
-        sanm_shfit=0,
-        selfattention_layer_type="sanm",
-        chunk_size=[12, 15],
-        stride=[8, 10],
-        pad_left=[0, 0],
-        encoder_att_look_back_factor=[4, 4],
-        decoder_att_look_back_factor=[1, 1],
-    )
-    return encoder.eval()

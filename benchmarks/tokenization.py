@@ -1,9 +1,10 @@
 """Speech tokenisation in times real time, and how soon a stream answers.
 
-    .venv/bin/python benchmarks/tokenization.py [--size small] [--json FILE]
+    .venv/bin/python benchmarks/tokenization.py [--size small] [--json FILE.json]
 
 The same weights (random, of the released sizes unless --size small; what they are does not change the time) run in the
-packages that StepFun's code calls one file at a time, and here one by one, in batches, in bf16 and as a stream. Codes
+packages that StepFun's code calls one file at a time, and here one by one, in batches, in bf16 and as a stream (whose
+figures --json puts into FILE.stream.json). Codes
 are frames of the encoders themselves, so that choices among them are close: shares of equal ids are lower bounds.
 """
 
@@ -52,7 +53,9 @@ def main() -> None:
         rows = _measure(linguistic, semantic, clips, Path(folder), chosen.device)
     report(f"Tokenisation, {len(clips)} clips, {sum(map(len, clips)) / 16000:.0f} s", rows, chosen.json)
     tokenizer = SpeechTokenizer(linguistic, semantic, chosen.device)
-    report("Streaming, chunks of 240 ms", [_stream(tokenizer, precision) for precision in ("fp32", "bf16")], None)
+    streams = [_stream(tokenizer, precision) for precision in ("fp32", "bf16")]
+    beside = chosen.json.with_suffix(".stream.json") if chosen.json else None
+    report("Streaming, chunks of 240 ms", streams, beside)
 
 
 def _clips(audio_s: float) -> list[Tensor]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stepaudio_train.commands.parts import Parts, exclusive
 from stepaudio_train.config.codebook_study import CodebookStudyConfig, codebook_study_problems
-from stepaudio_train.config.compose import run_recipe
+from stepaudio_train.config.compose import quoted, run_recipe
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import SpeechLayout
 from stepaudio_train.data.files import write_atomically
@@ -57,13 +57,13 @@ def _run_all(config: CodebookStudyConfig, run: Path) -> None:
             model = run / f"{layout}_{seed}"
             settings = [
                 f"experiment={config.experiment}",
-                f"run_dir={model}",
-                f"vocabulary.text_tokenizer={text_tokenizer}",
+                f"run_dir={quoted(str(model))}",
+                f"vocabulary.text_tokenizer={quoted(str(text_tokenizer))}",
                 f"data.speech_layout={layout}",
                 f"validation.speech_layout={layout}",
-                f"data.blend.continuation.path={tokens}/train",
-                f"data.blend.asr.path={tokens}/train",
-                f"validation.blend.continuation.path={tokens}/validation",
+                f"data.blend.continuation.path={quoted(f'{tokens}/train')}",
+                f"data.blend.asr.path={quoted(f'{tokens}/train')}",
+                f"validation.blend.continuation.path={quoted(f'{tokens}/validation')}",
                 f"engine.device={config.device}",
                 f"training.seed={seed}",
                 f"training.max_steps={config.steps}",
@@ -72,9 +72,9 @@ def _run_all(config: CodebookStudyConfig, run: Path) -> None:
             ]
             parts.run(f"{layout}_{seed}", [*stepaudio, "run", "pretrain", *settings])
             settings = [
-                f"model_dir={model}/export",
-                f"tokens={tokens}",
-                f"output={model}/evaluation",
+                f"model_dir={quoted(f'{model}/export')}",
+                f"tokens={quoted(str(tokens))}",
+                f"output={quoted(f'{model}/evaluation')}",
                 f"speech_layout={layout}",
                 "likelihood_tasks=[continuation]",
             ]

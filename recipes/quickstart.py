@@ -10,7 +10,6 @@ hold them), and what stopped half-way goes on from there. Writes report.html and
 
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import soundfile
 import torch
 
 from stepaudio_train.commands.parts import Parts, exclusive
-from stepaudio_train.config.compose import load_config, run_recipe, to_mapping
+from stepaudio_train.config.compose import load_config, quoted, run_recipe, to_mapping
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.quickstart import QuickstartConfig, quickstart_problems
 from stepaudio_train.config.schema import PretrainConfig
@@ -60,7 +59,7 @@ def _run_all(config: QuickstartConfig, run: Path, parts: Parts) -> None:
     _data(config, run, parts, stepaudio, source)
     _stages(config, run, parts, stepaudio)
     folders = {"model_dir": "stage3/export", "tokens": "tokens", "output": "evaluation"}
-    settings = [f"{key}={_quoted(str(run / folder))}" for key, folder in folders.items()]
+    settings = [f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()]
     parts.run("evaluate", [*stepaudio, "run", "evaluate", *settings])
     files = ["--records", str(_texts_to_speak(run)), "--output", f"{run}/samples/spoken.jsonl"]
     parts.run("generate", [*stepaudio, "generate", f"{run}/stage3", "--task", "tts", "--temperature", "0.7", *files])
@@ -91,7 +90,7 @@ def _data(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str
     texts, tokenizer = f"{run}/transcripts.txt", f"{run}/tokenizer"
     parts.run("transcripts", [sys.executable, "-m", "data_tools.transcripts", f"{run}/prepared/train", texts])
     encoders = ("linguistic_training", "semantic_training")
-    train = ["run", "tokenizer", f"corpus={_quoted(f'{run}/prepared')}", f"run_dir={_quoted(tokenizer)}"]
+    train = ["run", "tokenizer", f"corpus={quoted(f'{run}/prepared')}", f"run_dir={quoted(tokenizer)}"]
     train.append(f"seed={config.seed}")
     parts.run(
         "tokenizers", [*stepaudio, *train, *(f"{encoder}.steps={config.tokenizer_steps}" for encoder in encoders)]
@@ -137,16 +136,8 @@ def _moved(mapping: dict[str, Any], run: Path, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             overrides += _moved(value, run, f"{prefix}{key}.")
         elif isinstance(value, str) and value.startswith(f"{HOME}/"):
-            overrides.append(f"{prefix}{key}={_quoted(str(run / value.removeprefix(f'{HOME}/')))}")
+            overrides.append(f"{prefix}{key}={quoted(str(run / value.removeprefix(f'{HOME}/')))}")
     return overrides
-
-
-def _quoted(text: str) -> str:
-    """`text` as a value in Hydra's grammar."""
-    if re.fullmatch(r"[\w./-]+", text):
-        return text
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _stage3_steps(config: QuickstartConfig, run: Path, parts: Parts) -> int:

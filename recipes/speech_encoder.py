@@ -36,11 +36,11 @@ from stepaudio_train.data.transcribed import ClipStream, clips, transcripts
 from stepaudio_train.engines.process_group import join_process_group, own_device
 from stepaudio_train.tokenizers.learning.augment import corrupt, warp
 from stepaudio_train.tokenizers.learning.clustering import MiniBatchKMeans, kmeans
-from stepaudio_train.tokenizers.learning.corpus import Clip
+from stepaudio_train.tokenizers.learning.corpus import Clip, ClipFeatures
 from stepaudio_train.tokenizers.learning.linguistic_training import LinguisticObjective, set_cmvn
 from stepaudio_train.tokenizers.learning.optimisation import Optimiser, Term, combine
 from stepaudio_train.tokenizers.learning.parallel import all_sum, from_first
-from stepaudio_train.tokenizers.learning.recognition import Alphabet, greedy, word_error_rate, words_of
+from stepaudio_train.tokenizers.learning.recognition import Alphabet, read_clips, word_error_rate, words_of
 from stepaudio_train.tokenizers.learning.semantic_training import SemanticObjective, altered_mel
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
@@ -57,7 +57,6 @@ log = logging.getLogger("speech_encoder")
 
 _STATISTICS_BATCHES = 20
 """Batches that mean and deviation of the features, and the first centroids, are computed from."""
-_EVALUATION_BATCH_CLIPS = 16
 
 
 def main(config: SpeechEncoderConfig) -> None:
@@ -177,9 +176,12 @@ class _EncoderRun:
             return self._objective.terms(heard.to(self._device), num_frames.to(self._device), labels)
 
     def _features(self, batch: list[Clip]) -> tuple[Tensor, Tensor]:
-        tokenizer = self._linguistic if self._config.encoder == "linguistic" else self._semantic
         waveforms, num_samples = pad_clips([peak_normalise(clip.waveform) for clip in batch])
-        return tokenizer.features(waveforms, num_samples)
+        return self._tokenizer.features(waveforms, num_samples)
+
+    @property
+    def _tokenizer(self) -> LinguisticTokenizer | SemanticTokenizer:
+        return self._linguistic if self._config.encoder == "linguistic" else self._semantic
 
     @torch.no_grad()
     def _place_centroids(self, tokenizer: LinguisticTokenizer) -> dict[str, float]:
@@ -212,13 +214,14 @@ class _EncoderRun:
         self._objective.eval()
         folder = Path(self._config.corpus) / self._config.held_out_split
         own = list(islice(clips(folder), self._rank, self._config.eval_clips, self._num_ranks))
-        heard: list[str] = []
-        for start in range(0, len(own), _EVALUATION_BATCH_CLIPS):
-            features, num_frames = self._features(own[start : start + _EVALUATION_BATCH_CLIPS])
-            readings = greedy(*self._objective.recognise(features.to(self._device), num_frames.to(self._device)))
-            heard += [self._alphabet.decode(labels) for labels in readings]
-        words = sum(len(words_of(clip.text)) for clip in own)
-        errors = words * word_error_rate([clip.text for clip in own], heard) / 100 if words else 0.0
+        data = ClipFeatures.compute(own, self._tokenizer.features)
+
+        def recognise(features: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+            return self._objective.recognise(features.to(self._device), num_frames.to(self._device))
+
+        heard = read_clips(recognise, self._alphabet, data)
+        words = sum(len(words_of(text)) for text in data.texts)
+        errors = words * word_error_rate(data.texts, heard) / 100 if words else 0.0
         totals = all_sum(torch.tensor([errors, float(words)], device=self._device))
         return 100 * float(totals[0] / totals[1].clamp(min=1))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 _ZERO_CROSSINGS = 6
 _ROLL_OFF = 0.99
 _BLOCK_SAMPLES = 1 << 20
-"""Input samples at once: memory does not grow with the recording."""
+"""Input samples that are multiplied at once."""
 
 
 def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:

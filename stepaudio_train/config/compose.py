@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -81,6 +82,14 @@ def save_config(config: Any, path: Path) -> None:
 def read_config(config_type: type[T], path: Path) -> T:
     """Read what `save_config` wrote."""
     return from_mapping(config_type, yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def quoted(text: str) -> str:
+    """`text` as a value in Hydra's grammar, for overrides that a program writes."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def run_recipe(

@@ -13,6 +13,7 @@ from stepaudio_train.config.tokenizer import (
     LinguisticConfig,
     SemanticConfig,
     SemanticLossConfig,
+    size_problems,
 )
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
@@ -60,7 +61,7 @@ class SpeechEncoderConfig:
 
 def speech_encoder_problems(config: SpeechEncoderConfig) -> list[str]:
     """What is wrong with a configuration, a line each."""
-    problems = []
+    problems = size_problems(config.linguistic, config.semantic)
     if config.training.steps < 0 or config.kmeans_steps < 0:
         problems.append("training.steps and kmeans_steps: must not be under 0")
     if config.training.steps == 0 and config.init is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from pydantic import ConfigDict
@@ -155,9 +155,22 @@ class TokenizerTrainConfig:
 
 def tokenizer_problems(config: TokenizerTrainConfig) -> list[str]:
     """What is wrong with a configuration, a line each."""
+    problems = size_problems(config.linguistic, config.semantic)
+    trainings = {"linguistic_training": config.linguistic_training, "semantic_training": config.semantic_training}
+    for name, training in trainings.items():
+        if training.steps < 1 or training.batch_s <= 0:
+            problems.append(f"{name}: steps must be at least 1, batch_s over 0")
+    if config.text_size <= 324:
+        problems.append(f"text_size={config.text_size}: 324 ids are special pieces and bytes; type text_size=512")
+    return problems
+
+
+def size_problems(linguistic: LinguisticConfig, semantic: SemanticConfig) -> list[str]:
+    """What is wrong with the sizes of the two encoders, a line each."""
     problems = []
-    sizes = {"linguistic": (config.linguistic, 1024), "semantic": (config.semantic, 4096)}
-    for name, (encoder, most_codes) in sizes.items():
+    encoders: dict[str, tuple[LinguisticConfig | SemanticConfig, int]]
+    encoders = {"linguistic": (linguistic, 1024), "semantic": (semantic, 4096)}
+    for name, (encoder, most_codes) in encoders.items():
         multiple = 2 * encoder.num_heads
         if encoder.hidden_size % multiple:
             problems.append(
@@ -166,10 +179,22 @@ def tokenizer_problems(config: TokenizerTrainConfig) -> list[str]:
             )
         if not 2 <= encoder.codebook_size <= most_codes:
             problems.append(f"{name}.codebook_size={encoder.codebook_size}: must be 2 to {most_codes}")
-    trainings = {"linguistic_training": config.linguistic_training, "semantic_training": config.semantic_training}
-    for name, training in trainings.items():
-        if training.steps < 1 or training.batch_s <= 0:
-            problems.append(f"{name}: steps must be at least 1, batch_s over 0")
-    if config.text_size <= 324:
-        problems.append(f"text_size={config.text_size}: 324 ids are special pieces and bytes; type text_size=512")
+    smallest = {"chunk_frames": 1, "overlap_frames": 0, "look_back_chunks": 1}
+    for key, least in smallest.items():
+        value = asdict(linguistic)[key]
+        if value < least:
+            problems.append(f"linguistic.{key}={value}: must be at least {least}")
+    if problem := piece_problem(semantic):
+        problems.append(f"semantic.{problem}")
     return problems
+
+
+def piece_problem(semantic: SemanticConfig) -> str | None:
+    """What is wrong with the rule by which recordings are cut, if anything."""
+    pieces, context = semantic.piece_tokens, semantic.context_tokens
+    if pieces < 1 or context < 0 or pieces + context > semantic.max_positions:
+        return (
+            f"piece_tokens={pieces}, context_tokens={context}: must be at least 1 and 0, and together at most "
+            f"max_positions={semantic.max_positions}"
+        )
+    return None

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -131,8 +132,9 @@ def is_dataset(source: Path) -> bool:
     )
 
 
+@lru_cache(maxsize=1)
 def open_dataset(source: str) -> Dataset:
-    """A dataset whose column `audio` holds undecoded files.
+    """A dataset whose column `audio` holds undecoded files; opened once a process.
 
     Args:
         source: a path, or hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT (the split is `train` if not given).

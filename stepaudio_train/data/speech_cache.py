@@ -22,13 +22,7 @@ from tqdm import tqdm
 
 from stepaudio_train.audio import AudioError, read_audio
 from stepaudio_train.data.files import replacing, write_atomically
-from stepaudio_train.tokenizers.speech import (
-    LINGUISTIC_FILE,
-    SEMANTIC_FILE,
-    SETTINGS_FILE,
-    SpeechTokenizer,
-    SpeechTokens,
-)
+from stepaudio_train.tokenizers.speech import SpeechTokenizer, SpeechTokens, tokenizer_files
 
 BLOCK_RECORDINGS = 256
 BATCH_RECORDINGS = 16
@@ -40,8 +34,7 @@ class SpeechCache:
 
     def __init__(self, folder: Path, tokenizer: Path) -> None:
         self._folder, self._tokenizer = folder, tokenizer
-        files = [tokenizer / name for name in (SETTINGS_FILE, LINGUISTIC_FILE, SEMANTIC_FILE)]
-        self._made_by = "|".join(_version(path) for path in files if path.is_file())
+        self._made_by = "|".join(_version(path) for path in tokenizer_files(tokenizer))
 
     def encode(
         self, recordings: Sequence[Path], share: tuple[int, int] = (0, 1), device: str = "auto", progress: bool = False

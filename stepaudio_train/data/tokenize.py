@@ -37,6 +37,7 @@ from stepaudio_train.data.token_shards import STATS_FILE, TokenStats, encode_tok
 from stepaudio_train.data.tokenize_workers import ShardTask, Workers, WorkerSettings
 from stepaudio_train.data.verify_tokens import Agreement, verify_tokens
 from stepaudio_train.tokenizers.precision import Precision
+from stepaudio_train.tokenizers.speech import tokenizer_files
 from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
@@ -316,9 +317,8 @@ def _claim(options: TokenizeOptions, files: list[Path]) -> None:
         digest.update(str(file.stat().st_size).encode())
     if options.speech_tokenizer is not None:
         digest.update(options.precision.encode())
-        for file in sorted(options.speech_tokenizer.rglob("*")):
-            if file.suffix in (".safetensors", ".onnx", ".npy", ".pt"):
-                digest.update(file_sha256(file).encode())
+        for file in tokenizer_files(options.speech_tokenizer):
+            digest.update(file_sha256(file).encode())
     marker = options.output / "tokenize.json"
     content = {"fingerprint": digest.hexdigest()}
     if marker.is_file():

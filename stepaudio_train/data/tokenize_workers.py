@@ -83,10 +83,7 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is not None:
-            # Shards under way when the user interrupts are temporary files; nothing is lost with their processes.
-            if error is not None:
-                for process in (self._pool._processes or {}).values():
-                    process.terminate()
+            # Ctrl-C reaches the workers too; a shard that they leave half-way is a temporary file.
             self._pool.shutdown(cancel_futures=True)
 
     def run(self, tasks: Sequence[ShardTask]) -> Iterator[tuple[int, TokenStats]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepaudio_train.data.recording_jobs import Recording, RecordingJob
-from stepaudio_train.data.token_shards import read_token_samples
+from stepaudio_train.data.shards import read_shard, shard_counts, shard_name
+from stepaudio_train.data.token_shards import decode_token_sample
 from stepaudio_train.tokenizers.speech import SpeechTokenizer, SpeechTokens
 
 _NAMED = 20
@@ -27,7 +30,7 @@ class Agreement:
     num_different: int = 0
     """Of `num_tokens`; all tokens of a recording whose counts differ."""
     different: list[str] = field(default_factory=list)
-    """Recordings with any difference, or that are missing."""
+    """Recordings with any difference."""
 
     def add(self, name: str, wanted: SpeechTokens, found: SpeechTokens | None) -> None:
         """Compare one recording's tokens."""
@@ -55,19 +58,24 @@ def verify_tokens(
 ) -> Agreement:
     """Encode about `percent` of the recordings again in fp32 and compare; the same ones each time.
 
+    Whole shards are drawn, as many as hold that share, so that no others are read; of the few shards of a small
+    dataset, single recordings.
+
     Args:
-        folder: the finished dataset of tokens that was made of `jobs`.
+        folder: the finished dataset of tokens; its n-th shard was made of the n-th of `jobs`.
 
     Raises:
         ShardError: the dataset is not finished, or damaged.
     """
+    counts = shard_counts(folder)
+    written = [number for number in range(len(jobs)) if shard_name(number) in counts]
+    drawn = random.Random(0).sample(written, math.ceil(len(written) * min(percent, 100) / 100))
+    share = len(written) * percent / 100 / max(1, len(drawn))
     encoder = SpeechTokenizer.from_directory(speech_tokenizer, device)
-    stored = {
-        sample.record.id: sample.speech for sample in read_token_samples(folder) if _chosen(sample.record.id, percent)
-    }
     agreement = Agreement()
-    for job in jobs:
-        for item in job.recordings(encoder.sample_rate_hz):
+    for number in sorted(drawn):
+        stored = _stored(folder / shard_name(number), share)
+        for item in jobs[number].recordings(encoder.sample_rate_hz):
             # Recordings that were refused are in the dataset's stats, not among its tokens.
             if isinstance(item, Recording) and item.record.id in stored:
                 for name, waveform in item.waveforms.items():
@@ -76,9 +84,11 @@ def verify_tokens(
     return agreement
 
 
+def _stored(shard: Path, share: float) -> dict[str, Mapping[str, SpeechTokens]]:
+    """Record id -> its speech, for a share of a shard that follows from the ids."""
+    samples = (decode_token_sample(s.members, f"{shard}: {s.key}") for s in read_shard(shard))
+    return {s.record.id: s.speech for s in samples if zlib.crc32(s.record.id.encode()) % 100_000 < share * 100_000}
+
+
 def _streams(tokens: SpeechTokens) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     return tokens.linguistic, tokens.semantic
-
-
-def _chosen(id: str, percent: float) -> bool:
-    return zlib.crc32(id.encode()) % 100_000 < percent * 1000

@@ -50,13 +50,6 @@ class Windows:
         return Windows(self.frames[start:stop], self.index[start:stop], self.num_new[start:stop])
 
 
-@dataclass(frozen=True)
-class History:
-    """What attention keeps of the last L windows: [layers, 2, L, C, D], keys and values. Zeros at first."""
-
-    kept: Tensor
-
-
 class SANMAttention(nn.Module):
     """Self-attention plus a memory block: a depthwise convolution over the values (SAN-M)."""
 
@@ -170,13 +163,13 @@ class SANMEncoder(nn.Module):
         device = positions.device
         return Windows(torch.cat(cut), torch.cat(index).to(device), torch.cat(num_new).to(device))
 
-    def history(self) -> History:
-        """What a clip begins with."""
+    def history(self) -> Tensor:
+        """What attention keeps of the last L windows, keys and values [layers, 2, L, C, D]; zeros at the beginning."""
         config = self.config
         size = (config.num_blocks, 2, config.look_back_chunks, config.chunk_frames, config.hidden_size)
-        return History(self.after_norm.weight.new_zeros(size))
+        return self.after_norm.weight.new_zeros(size)
 
-    def run(self, windows: Windows, history: History) -> tuple[Tensor, History]:
+    def run(self, windows: Windows, history: Tensor) -> tuple[Tensor, Tensor]:
         """Windows in a row through all layers.
 
         Returns:
@@ -185,11 +178,11 @@ class SANMEncoder(nn.Module):
         chunk = self.config.chunk_frames
         inside, seen = self._masks(windows)
         x, kept = windows.frames, []
-        for layer, before in zip((*self.encoders0, *self.encoders), history.kept, strict=True):
+        for layer, before in zip((*self.encoders0, *self.encoders), history, strict=True):
             x, after = layer(x, inside, seen, before)
             kept.append(after)
         new = length_mask(windows.num_new, chunk)
-        return self.after_norm(x[:, -chunk:][new]), History(torch.stack(kept))
+        return self.after_norm(x[:, -chunk:][new]), torch.stack(kept)
 
     def _masks(self, windows: Windows) -> tuple[Tensor, Tensor]:
         """What is inside the clip [N, W, 1], and the additive mask over looked-back and own frames [N, 1, 1, L*C+W]."""
@@ -246,7 +239,7 @@ class LinguisticTokenizer(nn.Module):
     def encode_clips(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Ids [T_i] int64 of clips given by their whole fbank [frames_i, mel bins], of any lengths.
 
-        Windows go through the encoder `BLOCK_WINDOWS` at a time, so memory does not grow with the clips' lengths.
+        Windows go through the encoder `BLOCK_WINDOWS` at a time: what the layers hold does not grow with the clips.
         """
         clips = []
         for clip in features:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from stepaudio_train.audio.features import (
     num_kaldi_frames,
     pad_clips,
 )
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
+from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig, piece_problem
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.precision import Precision, set_precision
 from stepaudio_train.tokenizers.released import CENTROIDS_FILE, is_released, read_released
@@ -115,8 +116,13 @@ class SpeechTokenizer:
         """The same weights with another rule for the semantic pieces (`SemanticConfig`): short ones can be streamed.
 
         The ids differ from those of other rules; a model should be trained on the rule that it is served with.
+
+        Raises:
+            ValueError: a piece with its context is empty, or longer than the encoder's positions.
         """
         config = replace(self.semantic.config, piece_tokens=piece_tokens, context_tokens=context_tokens)
+        if problem := piece_problem(config):
+            raise ValueError(problem)
         semantic = SemanticTokenizer(config)
         semantic.encoder, semantic.quantizer = self.semantic.encoder, self.semantic.quantizer
         return SpeechTokenizer(self.linguistic, semantic, str(self.device))
@@ -158,9 +164,9 @@ class SpeechTokenizer:
 
     def _fbank(self, clips: list[Tensor]) -> list[Tensor]:
         """Fbank [frames, mel bins] of each clip; long clips are analysed in segments, which changes nothing."""
-        segments = [segment for clip in clips for segment in fbank_segments(clip)]
-        parts = iter(_analysed(segments, self.linguistic.features))
-        return [torch.cat([next(parts) for _ in fbank_segments(clip)]) for clip in clips]
+        cuts = [fbank_segments(clip) for clip in clips]
+        parts = iter(_analysed([segment for cut in cuts for segment in cut], self.linguistic.features))
+        return [torch.cat(list(islice(parts, len(cut)))) for cut in cuts]
 
     def _semantic(self, clips: list[Tensor]) -> list[Tensor]:
         cuts = [semantic_pieces(len(clip), self.semantic.config) for clip in clips]
@@ -168,6 +174,12 @@ class SpeechTokenizer:
         encoded = iter(self.semantic.encode_clips(_analysed(pieces, self.semantic.features)))
         nothing = torch.zeros(0, dtype=torch.int64)
         return [torch.cat([nothing, *(next(encoded)[cut.context_tokens :].cpu() for cut in found)]) for found in cuts]
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files that decide about a speech tokenizer's codes, released or trained here, in order."""
+    weights = (".safetensors", ".onnx", ".npy", ".pt", ".mvn", ".yaml")
+    return sorted(p for p in directory.rglob("*") if p.suffix in weights or p.name == SETTINGS_FILE)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from stepaudio_train.tokenizers.dual import (
     merge_streams,
     num_groups,
 )
-from stepaudio_train.tokenizers.linguistic import History, LinguisticTokenizer
+from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.semantic import SAMPLES_PER_TOKEN, SemanticTokenizer
 from stepaudio_train.tokenizers.speech import SHORTEST_PIECE_SAMPLES, SpeechTokenizer, SpeechTokens
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
@@ -50,7 +50,7 @@ class LinguisticStream:
             "samples": torch.zeros(0, device=device),
             "fbank": torch.zeros(0, config.num_mel_bins, device=device),
             "overlap": torch.zeros(config.overlap_frames, config.input_size, device=device),
-            "history": tokenizer.encoder.history().kept,
+            "history": tokenizer.encoder.history(),
             "num_chunks": torch.zeros((), dtype=torch.int64),
         }
 
@@ -96,9 +96,8 @@ class LinguisticStream:
     def _encode(self, stacked: Tensor, num_chunks: int) -> Tensor:
         state, encoder = self.state, self._tokenizer.encoder
         windows = encoder.windows([self._tokenizer.normalise(stacked)], state["overlap"], int(state["num_chunks"]))
-        hidden, history = encoder.run(windows, History(state["history"]))
+        hidden, state["history"] = encoder.run(windows, state["history"])
         state["overlap"] = windows.frames[-1, -self._tokenizer.config.overlap_frames :]
-        state["history"] = history.kept
         state["num_chunks"] = state["num_chunks"] + num_chunks
         return self._tokenizer.quantise(hidden).cpu()
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
-from stepaudio_train.testing.reference_packages import has_reference, reference_module
+from stepaudio_train.testing.reference_packages import funasr_cache, funasr_encoder, has_reference, reference_module
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.released.onnx_writing import write_semantic_onnx
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
@@ -19,27 +19,7 @@ needs_s3tokenizer = pytest.mark.skipif(not has_reference("s3tokenizer"), reason=
 def encoders():
     """FunASR's encoder, and ours with its weights."""
     torch.manual_seed(0)
-    theirs = (
-        reference_module("funasr.models.scama.encoder")
-        .SANMEncoderChunkOpt(
-            input_size=560,
-            output_size=512,
-            attention_heads=4,
-            linear_units=2048,
-            num_blocks=50,
-            input_layer="pe_online",
-            normalize_before=True,
-            kernel_size=11,
-            sanm_shfit=0,
-            selfattention_layer_type="sanm",
-            chunk_size=[12, 15],
-            stride=[8, 10],
-            pad_left=[0, 0],
-            encoder_att_look_back_factor=[4, 4],
-            decoder_att_look_back_factor=[1, 1],
-        )
-        .eval()
-    )
+    theirs = funasr_encoder(LinguisticConfig.released())
     ours = LinguisticTokenizer(LinguisticConfig.released()).encoder.eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
@@ -47,14 +27,7 @@ def encoders():
 
 def streamed(encoder: torch.nn.Module, frames: Tensor) -> Tensor:
     """FunASR's encoder over [1, T, 560] as StepFun calls it: chunk_size [0, 4, 5], four chunks looked back at."""
-    cache = {
-        "start_idx": 0,
-        "chunk_size": [0, 4, 5],
-        "encoder_chunk_look_back": 4,
-        "opt": None,
-        "feats": torch.zeros(1, 5, 560),
-        "tail_chunk": False,
-    }
+    cache = funasr_cache(LinguisticConfig.released())
     outputs = []
     for chunk in frames.split(4, dim=1):
         hidden, _, _ = encoder.forward_chunk(chunk.clone(), torch.tensor([chunk.shape[1]]), cache)

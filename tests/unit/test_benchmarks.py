@@ -31,6 +31,9 @@ def test_tokenization(tmp_path: Path):
     assert len(rows) == 6
     assert all(row["times real time"] > 0 for row in rows)
     # Every way computes the same ids from the same weights; bf16 may round some to others.
+    streams = json.loads((tmp_path / "results.stream.json").read_text())["rows"]
+    assert [row["precision"] for row in streams] == ["fp32", "bf16"]
+    assert all(0 < row["ms a chunk, median"] <= row["95th percentile"] for row in streams)
     for row in rows[:4]:
         assert row["equal linguistic ids %"] > 99.5 and row["equal semantic ids %"] > 99.5
 

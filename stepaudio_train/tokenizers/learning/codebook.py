@@ -27,11 +27,16 @@ class CodebookLearner(nn.Module):
             decay: how much of the running averages each update keeps.
         """
         super().__init__()
-        self._codes = codebook.embed
+        self._codebook = codebook
         self._decay = decay
         self._generator = generator
-        self.register_buffer("counts", torch.zeros(len(self._codes), device=self._codes.device))
-        self.register_buffer("sums", torch.zeros_like(self._codes))
+        self.register_buffer("counts", torch.zeros_like(codebook.embed[:, 0]))
+        self.register_buffer("sums", torch.zeros_like(codebook.embed))
+
+    @property
+    def _codes(self) -> Tensor:
+        # Asked for each time: a module that is moved to a device gets new buffers.
+        return self._codebook.embed
 
     def start(self, points: Tensor) -> None:
         """Place the codes by k-means over points [N, D], the first process's."""
@@ -47,7 +52,7 @@ class CodebookLearner(nn.Module):
     @torch.no_grad()
     def update(self, points: Tensor, ids: Tensor) -> None:
         """Move the codes towards the points [N, D] that chose them (ids [N])."""
-        hits = all_sum(torch.bincount(ids, minlength=len(self._codes)).float())
+        hits = all_sum(torch.bincount(ids, minlength=len(self._codes)).to(self.counts.dtype))
         sums = all_sum(torch.zeros_like(self._codes).index_add_(0, ids, points))
         self.counts.mul_(self._decay).add_(hits, alpha=1 - self._decay)
         self.sums.mul_(self._decay).add_(sums, alpha=1 - self._decay)

@@ -16,7 +16,7 @@ from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, shuffled_ba
 from stepaudio_train.tokenizers.learning.optimisation import Report, Term, combine, optimise, resolve_device
 from stepaudio_train.tokenizers.learning.parallel import all_sum
 from stepaudio_train.tokenizers.learning.probe import CodedClips, probe_word_error
-from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_term, greedy, word_error_rate
+from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_term, read_clips, word_error_rate
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 
 _KMEANS_ITERATIONS = 20
@@ -98,7 +98,7 @@ def train_linguistic(
         sample = points[torch.randperm(len(points), generator=generator)[:_KMEANS_POINTS]]
         tokenizer.centroids.copy_(kmeans(sample, config.codebook_size, _KMEANS_ITERATIONS, generator))
         coded = [_coded(tokenizer, data) for data in (train, held_out)]
-        readings = _read(objective, held_out)
+        readings = read_clips(objective.recognise, alphabet, held_out)
     codes = torch.cat(coded[0].codes)
     return tokenizer, {
         "ctc_word_error": word_error_rate(held_out.texts, readings),
@@ -125,15 +125,6 @@ def set_cmvn(tokenizer: LinguisticTokenizer, batches: Iterable[tuple[Tensor, Ten
     deviation = (squares / count - mean.square()).clamp(min=1e-6).sqrt()
     tokenizer.cmvn_shift.copy_(-mean)
     tokenizer.cmvn_scale.copy_(1 / deviation)
-
-
-def _read(objective: LinguisticObjective, data: ClipFeatures) -> list[str]:
-    texts = [""] * len(data.texts)
-    for indices in sorted_batches(data, _BATCH_S):
-        readings = greedy(*objective.recognise(*data.stack(indices)))
-        for index, labels in zip(indices, readings, strict=True):
-            texts[index] = objective.alphabet.decode(labels)
-    return texts
 
 
 def _frames(

@@ -14,14 +14,18 @@ _BUCKET_NUMBERS = 1 << 23
 def all_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place; every process gets the same."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        moved = _where_the_group_works(tensor)
+        dist.all_reduce(moved)
+        tensor.copy_(moved)
     return tensor
 
 
 def from_first(tensor: Tensor) -> Tensor:
     """What the first process has, in place."""
     if dist.is_initialized():
-        dist.broadcast(tensor, 0)
+        moved = _where_the_group_works(tensor)
+        dist.broadcast(moved, 0)
+        tensor.copy_(moved)
     return tensor
 
 
@@ -41,6 +45,11 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
             bucket = []
     if bucket:
         _sum_bucket(bucket)
+
+
+def _where_the_group_works(tensor: Tensor) -> Tensor:
+    """NCCL takes tensors of a device alone."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
 def _sum_bucket(gradients: list[Tensor]) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, sorted_batches
 from stepaudio_train.tokenizers.learning.optimisation import Term
 
 BLANK = 0
+_BATCH_S = 60.0
+
+Recognise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(features [B, T, M], frames [B]) -> (logits [B, places, labels], places [B])."""
 
 MOST_WORDS = 200
 """A corpus of no more different words than this is read word by word: a small corpus of few words teaches whole words
@@ -87,6 +92,15 @@ def greedy(logits: Tensor, lengths: Tensor) -> list[list[int]]:
         best = row[:length]
         readings.append([c for i, c in enumerate(best) if c != BLANK and (i == 0 or c != best[i - 1])])
     return readings
+
+
+def read_clips(recognise: Recognise, alphabet: Alphabet, data: ClipFeatures) -> list[str]:
+    """What a recogniser reads in each clip, greedily, in the clips' order."""
+    texts = [""] * len(data.texts)
+    for indices in sorted_batches(data, _BATCH_S):
+        for index, labels in zip(indices, greedy(*recognise(*data.stack(indices))), strict=True):
+            texts[index] = alphabet.decode(labels)
+    return texts
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:

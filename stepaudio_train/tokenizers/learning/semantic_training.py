@@ -20,7 +20,7 @@ from stepaudio_train.tokenizers.learning.codebook import CodebookLearner
 from stepaudio_train.tokenizers.learning.corpus import ClipFeatures, shuffled_batches, sorted_batches
 from stepaudio_train.tokenizers.learning.optimisation import Report, Term, combine, optimise, resolve_device
 from stepaudio_train.tokenizers.learning.probe import CodedClips, probe_word_error
-from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_term, greedy, word_error_rate
+from stepaudio_train.tokenizers.learning.recognition import Alphabet, ctc_term, read_clips, word_error_rate
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
 
 _NATS = math.log(10.0)
@@ -122,10 +122,9 @@ class SemanticObjective(nn.Module):
         else:
             self.recent.append(frames[inside].detach())
         logits, spectrum = self.decoder(quantised, counts, mean_mel)
-        kept = counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * self.alphabet.labels_per_token
         errors = (spectrum[:, : mel.shape[1]] - mel).abs().mean(dim=-1)[length_mask(num_frames, mel.shape[1])]
         found = {
-            "ctc": ctc_term(logits, kept, labels),
+            "ctc": ctc_term(logits, self._places(counts), labels),
             "spectrum": Term(errors.sum(), errors.numel(), self._weights.spectrum),
             "commitment": Term(distances.sum(), distances.numel(), self._weights.commitment),
         }
@@ -140,7 +139,11 @@ class SemanticObjective(nn.Module):
         codes = self.tokenizer.quantizer.codes[self.tokenizer.quantizer.encode(hidden)]
         mean_mel = torch.zeros(len(features), self.decoder.voice.in_features, device=features.device)
         logits, _ = self.decoder(codes, counts, mean_mel)
-        return logits, counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * self.alphabet.labels_per_token
+        return logits, self._places(counts)
+
+    def _places(self, counts: Tensor) -> Tensor:
+        """Places for labels in the tokens that the dual codebook keeps."""
+        return counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * self.alphabet.labels_per_token
 
 
 def train_semantic(
@@ -180,7 +183,7 @@ def train_semantic(
     objective.to("cpu").eval()
     with torch.inference_mode():
         coded = [_coded(tokenizer, data) for data in (train, held_out)]
-        readings = _read(tokenizer, objective.decoder, coded[1], alphabet)
+        readings = read_clips(objective.recognise, alphabet, held_out)
     codes = torch.cat(coded[0].codes)
     return tokenizer, {
         "ctc_word_error": word_error_rate(held_out.texts, readings),
@@ -210,13 +213,3 @@ def _coded(tokenizer: SemanticTokenizer, data: ClipFeatures) -> CodedClips:
         for index, row, count in zip(indices, tokenizer.quantizer.encode(hidden), counts.tolist(), strict=True):
             codes[index] = row[:count].clone()
     return CodedClips(codes, data.texts)
-
-
-def _read(tokenizer: SemanticTokenizer, decoder: Decoder, coded: CodedClips, alphabet: Alphabet) -> list[str]:
-    texts = []
-    for codes in coded.codes:
-        counts = torch.tensor([len(codes)])
-        logits, _ = decoder(tokenizer.quantizer.codes[codes][None], counts, torch.zeros(1, decoder.voice.in_features))
-        kept = counts // SEMANTIC_PER_GROUP * SEMANTIC_PER_GROUP * decoder.labels_per_token
-        texts.append(alphabet.decode(greedy(logits, kept)[0]))
-    return texts

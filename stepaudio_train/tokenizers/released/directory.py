@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stepaudio_train.config.tokenizer import SemanticConfig
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.released.funasr_files import FUNASR_DIRECTORY, read_funasr, write_funasr
 from stepaudio_train.tokenizers.released.onnx_reading import read_semantic_onnx
@@ -31,6 +32,7 @@ from stepaudio_train.tokenizers.weight_files import (
 
 CENTROIDS_FILE = "linguistic_tokenizer.npy"
 ONNX_FILE = "speech_tokenizer_v1.onnx"
+_RELEASED_PIECES = (SemanticConfig().piece_tokens, SemanticConfig().context_tokens)
 
 
 def is_released(directory: Path) -> bool:
@@ -77,6 +79,11 @@ def write_released(
     """
     if directory.exists():
         raise TokenizerError(f"{directory}: exists already; type another folder")
+    if (semantic.config.piece_tokens, semantic.config.context_tokens) != _RELEASED_PIECES:
+        raise TokenizerError(
+            f"semantic.piece_tokens={semantic.config.piece_tokens}, context_tokens={semantic.config.context_tokens}: "
+            "StepFun's code cuts pieces of 30 s without context, so this tokenizer would give other ids there"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

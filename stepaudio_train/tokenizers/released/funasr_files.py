@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,7 @@ def write_funasr(tokenizer: LinguisticTokenizer, directory: Path, source: Path |
     """
     config = tokenizer.config
     for name, value in _STREAMED.items():
-        found = {"chunk_frames": config.chunk_frames, "overlap_frames": config.overlap_frames}.get(
-            name, config.look_back_chunks
-        )
+        found = asdict(config)[name]
         if found != value:
             raise TokenizerError(
                 f"linguistic.{name}={found}: StepFun's code streams with {value}, so this tokenizer cannot be exported"

@@ -1,22 +1,13 @@
 import pytest
-import torch
 
 from stepaudio_train.cli import main
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
-from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
-from stepaudio_train.tokenizers.speech import SpeechTokenizer
+from stepaudio_train.testing.small_tokenizers import small_speech_tokenizer
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    torch.manual_seed(0)
-    linguistic = LinguisticTokenizer(LinguisticConfig(hidden_size=32, ffn_size=48, num_blocks=2))
-    semantic = SemanticTokenizer(SemanticConfig(hidden_size=32, num_blocks=2))
-    linguistic.centroids.normal_()
-    semantic.quantizer.codes.normal_(std=0.2)
     folder = tmp_path_factory.mktemp("export") / "trained"
-    SpeechTokenizer(linguistic, semantic, "cpu").save(folder)
+    small_speech_tokenizer().save(folder)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,18 @@ import pytest
 import soundfile
 import torch
 
+from stepaudio_train.audio import read_audio
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.schema import ModelConfig, VocabularyConfig
 from stepaudio_train.config.sft import SftConfig, SftDataConfig, SftTrainingConfig
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.data.conversations import Worker, load_conversations, write_report
 from stepaudio_train.data.packing import Document
 from stepaudio_train.data.sft_loader import SftLoader, validation_batches
+from stepaudio_train.data.speech_cache import SpeechCache
+from stepaudio_train.testing.small_tokenizers import LINGUISTIC, small_speech_tokenizer
 from stepaudio_train.testing.token_data import TEXT_SIZE
-from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
+from stepaudio_train.tokenizers.released import write_released
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
@@ -161,13 +163,8 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(config_of, tmp_path):
 
 @pytest.fixture(scope="module")
 def speech_tokenizer(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    linguistic = LinguisticTokenizer(LinguisticConfig(hidden_size=32, ffn_size=48, num_blocks=1, codebook_size=50))
-    semantic = SemanticTokenizer(SemanticConfig(hidden_size=32, num_blocks=1, codebook_size=60))
-    linguistic.centroids.normal_()
-    semantic.quantizer.codes.normal_(std=0.2)
     folder = tmp_path_factory.mktemp("speech_tokenizer")
-    SpeechTokenizer(linguistic, semantic, "cpu").save(folder)
+    small_speech_tokenizer().save(folder)
     return folder
 
 
@@ -198,6 +195,23 @@ def test_recordings_are_encoded_once_and_bad_ones_refused(config_of, speech_toke
     write_recording(tmp_path / "a.wav", 0.9, seed=1)
     load_conversations(config, VOCABULARY, tmp_path / "tokens", Worker(device="cpu"))
     assert sum(encoded) == 4
+
+
+def test_codes_of_one_released_tokenizer_are_not_taken_for_anothers(tmp_path):
+    write_recording(tmp_path / "a.wav", 0.5)
+    first, second = (small_speech_tokenizer(replace(LINGUISTIC, num_blocks=blocks)) for blocks in (1, 2))
+    for name, tokenizer in (("first", first), ("second", second)):
+        write_released(tokenizer.linguistic, tokenizer.semantic, tmp_path / name)
+        for own in (tmp_path / name).glob("*.safetensors"):
+            own.unlink()
+    recordings = [tmp_path / "a.wav"]
+    SpeechCache(tmp_path / "cache", tmp_path / "first").encode(recordings, device="cpu")
+    codes, _ = SpeechCache(tmp_path / "cache", tmp_path / "second").look_up(recordings)
+    assert not codes
+    codes, _ = SpeechCache(tmp_path / "cache", tmp_path / "first").look_up(recordings)
+    np.testing.assert_array_equal(
+        codes[recordings[0]].linguistic, first.encode([read_audio(recordings[0])])[0].linguistic
+    )
 
 
 def test_processes_share_the_encoding(config_of, speech_tokenizer, tmp_path):

@@ -11,30 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from stepaudio_train.audio import read_audio
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import BlendEntry, DataConfig
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
 from stepaudio_train.data.loader import build_train_loader
 from stepaudio_train.data.prepare import PrepareOptions, prepare
 from stepaudio_train.data.records import parse_record
 from stepaudio_train.data.shards import list_shards, read_shard
 from stepaudio_train.data.token_shards import STATS_FILE, TokenStats, read_token_samples
 from stepaudio_train.data.tokenize import TokenizeOptions, divide_text, tokenize
-from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
+from stepaudio_train.testing.small_tokenizers import small_speech_tokenizer
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
 
 
 @pytest.fixture(scope="module")
 def speech_tokenizer(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("speech_tokenizer")
-    linguistic = LinguisticConfig(hidden_size=32, num_blocks=1, ffn_size=32, codebook_size=64)
-    semantic = SemanticConfig(hidden_size=32, num_blocks=1, codebook_size=64)
-    SpeechTokenizer(LinguisticTokenizer(linguistic), SemanticTokenizer(semantic), "cpu").save(folder)
+    small_speech_tokenizer().save(folder)
     return folder
 
 

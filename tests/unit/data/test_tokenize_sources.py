@@ -17,13 +17,11 @@ import torch
 
 from stepaudio_train.cli import main
 from stepaudio_train.config.errors import UserError
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
 from stepaudio_train.data import recording_jobs
 from stepaudio_train.data.shards import read_shard, write_shard
 from stepaudio_train.data.token_shards import read_token_samples
 from stepaudio_train.data.tokenize import TokenizeOptions, tokenize, verify
-from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
+from stepaudio_train.testing.small_tokenizers import small_speech_tokenizer
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five")
@@ -31,13 +29,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five")
 
 @pytest.fixture(scope="module")
 def speech_tokenizer(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("speech_tokenizer")
-    linguistic = LinguisticTokenizer(LinguisticConfig(hidden_size=32, num_blocks=1, ffn_size=32, codebook_size=64))
-    semantic = SemanticTokenizer(SemanticConfig(hidden_size=32, num_blocks=1, codebook_size=64))
-    linguistic.centroids.normal_()
-    semantic.quantizer.codes.normal_(std=0.2)
-    SpeechTokenizer(linguistic, semantic, "cpu").save(folder)
+    small_speech_tokenizer().save(folder)
     return folder
 
 

@@ -7,25 +7,15 @@ import torch
 
 from stepaudio_train.audio import AudioError, peak_normalise, resample
 from stepaudio_train.audio.preprocessing import TTS_PROMPT
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
+from stepaudio_train.testing.small_tokenizers import small_speech_tokenizer
 from stepaudio_train.tokenizers.dual import merge_streams
 from stepaudio_train.tokenizers.dual_tokenizer import DualTokenizer
-from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
-from stepaudio_train.tokenizers.speech import SpeechTokenizer
 from stepaudio_train.tokenizers.vocabulary import Modality
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> DualTokenizer:
-    torch.manual_seed(0)
-    linguistic = LinguisticTokenizer(LinguisticConfig(hidden_size=32, ffn_size=48, num_blocks=2))
-    semantic = SemanticTokenizer(SemanticConfig(hidden_size=32, num_blocks=2))
-    linguistic.cmvn_shift.fill_(-8.0)
-    linguistic.cmvn_scale.fill_(0.3)
-    linguistic.centroids.normal_()
-    semantic.quantizer.codes.normal_(std=0.2)
-    return DualTokenizer(SpeechTokenizer(linguistic, semantic, "cpu"))
+    return DualTokenizer(small_speech_tokenizer())
 
 
 def noise(num_samples: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -7,7 +8,8 @@ import torch
 import yaml
 
 from stepaudio_train.audio.features import log_mel, normalise_log_mel
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
+from stepaudio_train.config.tokenizer import SemanticConfig
+from stepaudio_train.testing.small_tokenizers import LINGUISTIC, small_speech_tokenizer
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.released import is_released, read_released, write_released
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
@@ -16,16 +18,12 @@ from stepaudio_train.tokenizers.speech import SpeechTokenizer, TokenizerError
 FUNASR = "dengcunqin/speech_paraformer-large_asr_nat-zh-cantonese-en-16k-vocab8501-online"
 
 
+SMALL = SemanticConfig(num_mel_bins=16, hidden_size=24, num_heads=3, num_blocks=2)
+
+
 def parts(**linguistic: int) -> tuple[LinguisticTokenizer, SemanticTokenizer]:
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 32, "ffn_size": 48, "num_blocks": 2, "codebook_size": 50} | linguistic
-    first = LinguisticTokenizer(LinguisticConfig(**sizes))
-    second = SemanticTokenizer(SemanticConfig(num_mel_bins=16, hidden_size=24, num_heads=3, num_blocks=2))
-    first.cmvn_shift.normal_(-8.0)
-    first.cmvn_scale.uniform_(0.1, 0.4)
-    first.centroids.normal_()
-    second.quantizer.codes.normal_(std=0.2)
-    return first.eval(), second.eval()
+    made = small_speech_tokenizer(replace(LINGUISTIC, **linguistic), SMALL)
+    return made.linguistic, made.semantic
 
 
 def noise(num_samples: int) -> torch.Tensor:
@@ -103,6 +101,9 @@ def test_refusals_name_the_file_and_the_key(tmp_path):
     folder = tmp_path / "Tokenizer"
     with pytest.raises(TokenizerError, match="chunk_frames=8"):
         write_released(parts(chunk_frames=8)[0], semantic, folder)
+    short = small_speech_tokenizer(semantic=replace(SMALL, piece_tokens=6)).semantic
+    with pytest.raises(TokenizerError, match="piece_tokens=6"):
+        write_released(linguistic, short, folder)
     assert not list(tmp_path.iterdir())
     write_released(linguistic, semantic, folder)
     with pytest.raises(TokenizerError, match="exists already"):

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from stepaudio_train.config.errors import UserError
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
-from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
+from stepaudio_train.testing.small_tokenizers import small_speech_tokenizer
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
 
 PIECE_SAMPLES = 30 * 16000
@@ -16,14 +14,7 @@ PIECE_SAMPLES = 30 * 16000
 
 @pytest.fixture(scope="module")
 def tokenizer() -> SpeechTokenizer:
-    torch.manual_seed(0)
-    linguistic = LinguisticTokenizer(LinguisticConfig(hidden_size=32, ffn_size=48, num_blocks=2, codebook_size=50))
-    semantic = SemanticTokenizer(SemanticConfig(hidden_size=32, num_blocks=2, codebook_size=60))
-    linguistic.cmvn_shift.fill_(-8.0)
-    linguistic.cmvn_scale.fill_(0.3)
-    linguistic.centroids.normal_()
-    semantic.quantizer.codes.normal_(std=0.2)
-    return SpeechTokenizer(linguistic, semantic, "cpu")
+    return small_speech_tokenizer()
 
 
 def clip(num_samples: int, seed: int = 0) -> torch.Tensor:
@@ -77,6 +68,12 @@ def test_pieces_can_be_shorter_and_see_what_was_before(tokenizer):
         np.testing.assert_array_equal(codes.semantic[at : at + 6], ids[0, left_out:])
     (whole,) = tokenizer.encode([waveform], peak_norm=False)
     np.testing.assert_array_equal(codes.linguistic, whole.linguistic)
+
+
+@pytest.mark.parametrize(("piece_tokens", "context_tokens"), [(0, 0), (6, -1), (1000, 501)])
+def test_pieces_that_no_encoder_can_hear_are_refused(tokenizer, piece_tokens, context_tokens):
+    with pytest.raises(ValueError, match=f"piece_tokens={piece_tokens}, context_tokens={context_tokens}"):
+        tokenizer.with_pieces(piece_tokens, context_tokens)
 
 
 def test_bf16_changes_few_codes_and_no_counts(tokenizer):

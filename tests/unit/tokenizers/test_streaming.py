@@ -4,10 +4,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepaudio_train.audio import peak_normalise
-from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
+from stepaudio_train.testing.small_tokenizers import small_speech_tokenizer
 from stepaudio_train.tokenizers.dual import merge_streams
-from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
-from stepaudio_train.tokenizers.semantic import SemanticTokenizer
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
 from stepaudio_train.tokenizers.streaming import DualStream, SpeechStream, gain_for_peak
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
@@ -15,14 +13,7 @@ from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
 @pytest.fixture(scope="module")
 def tokenizer() -> SpeechTokenizer:
-    torch.manual_seed(0)
-    linguistic = LinguisticTokenizer(LinguisticConfig(hidden_size=32, ffn_size=48, num_blocks=3, codebook_size=50))
-    semantic = SemanticTokenizer(SemanticConfig(hidden_size=32, num_blocks=2, codebook_size=60))
-    linguistic.cmvn_shift.fill_(-8.0)
-    linguistic.cmvn_scale.fill_(0.3)
-    linguistic.centroids.normal_()
-    semantic.quantizer.codes.normal_(std=0.2)
-    return SpeechTokenizer(linguistic, semantic, "cpu")
+    return small_speech_tokenizer()
 
 
 def clip(num_samples: int) -> torch.Tensor:

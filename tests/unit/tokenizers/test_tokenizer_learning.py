@@ -148,6 +148,19 @@ def test_dead_codes_come_back():
     assert len(codebook.encode(points).unique()) == 4
 
 
+def test_codes_are_moved_where_the_tokenizer_has_them():
+    # As when a model goes to a device: buffers are replaced, and the old ones are nobody's.
+    codebook = EuclideanCodebook(4, 2)
+    learner = CodebookLearner(codebook, 0.5, seeded())
+    torch.nn.ModuleList([codebook, learner]).to(torch.float64)
+    points = torch.randn(50, 2, generator=seeded(), dtype=torch.float64)
+    learner.start(points)
+    assert codebook.embed.abs().sum() > 0
+    before = codebook.embed.clone()
+    learner.update(points, codebook.encode(points))
+    assert not torch.equal(codebook.embed, before)
+
+
 def test_transcripts_are_normalised():
     assert normalise_transcript("  Hello,  WORLD! It's ５ ") == "hello world it's 5"
     assert words_of("打开 light 灯") == ["打", "开", "light", "灯"]
