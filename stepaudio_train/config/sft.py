@@ -13,6 +13,7 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
 ChatTemplate = Literal["tts", "chat"]
 AnswerLoss = Literal["last", "all"]
+ChatHistory = Literal["text", "audio"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class SftDataConfig(NamedByFile):
     (chat: Chat)."""
     loss: AnswerLoss = "last"
     """Which of a conversation's answers teach; the paper trains on the last one (5.2)."""
+    history: ChatHistory = "text"
+    """How earlier recordings of a dialogue go in: as their transcripts (paper 5.2.1), or as they are."""
+    own_tags: tuple[str, ...] = ()
+    """Instruction tags besides the paper's: `own_tags=[whisper,"breathy 1-5"]`, the second with levels."""
     speech_tokenizer: str | None = None
     """Directory of the speech tokenizer, for recordings that come without their codes."""
     epochs: float = 1.0

@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-TASKS = ("text", "continuation", "interleaved", "asr", "tts", "image", "chat")
-"""Index in this tuple is the task id in `TokenBatch.tasks`."""
+TASKS = (
+    *("text", "continuation", "interleaved", "asr", "tts", "image"),
+    *("tqta", "aqta", "taqta", "aqaa", "edit", "tool", "role_play"),
+)
+"""Tasks of pretraining, then those that conversations add. Index in this tuple is the task id in `TokenBatch.tasks`."""
 
 
 @dataclass(frozen=True)

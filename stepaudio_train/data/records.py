@@ -4,6 +4,7 @@
     {"type": "audio", "audio": "7_theo_3.wav", "text": "seven", "language": "en", "speaker": "theo"}]}]}
 
 Two common ways of writing are taken as well: the role "user" is "human", and a string as content is one text part.
+Conversations may name their task, and the tools that the assistant can call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from stepaudio_train.config.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
-Role = Literal["human", "assistant", "system", "tool"]
+Role = Literal["human", "assistant", "system", "tool", "tool_json_schemas"]
+"""`tool` gives a tool's result; `tool_json_schemas` lists the tools, and is made of `Record.tools` (formats.md 2.4)."""
+
+ChatTask = Literal["asr", "tts", "tqta", "aqta", "taqta", "aqaa", "edit", "tool", "role_play"]
+"""What a conversation teaches (paper 5). Q and A are the last question and answer, T text and A audio; `edit` turns a
+recording into the same words said otherwise."""
 
 
 class RecordError(UserError):
@@ -70,7 +76,18 @@ class AudioPart:
     type: Literal["audio"] = "audio"
 
 
-Part = Annotated[TextPart | AudioPart, Discriminator("type")]
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool, in a turn of the assistant."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    type: Literal["tool_call"] = "tool_call"
+
+
+Part = Annotated[TextPart | AudioPart | ToolCall, Discriminator("type")]
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,10 @@ class Record:
     messages: tuple[Message, ...]
     meta: dict[str, Any] = field(default_factory=dict)
     """Anything else that is known about the example. Never rendered."""
+    task: ChatTask | None = None
+    """Of a conversation; where it is left out, it follows from who says what how (`data.chat.task_of`)."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the tools that the assistant may call."""
 
     def audio_parts(self) -> list[AudioPart]:
         """All recordings, in order."""
@@ -104,12 +125,12 @@ _RECORD = TypeAdapter(Record)
 
 def speech_record(id: str, part: AudioPart, meta: dict[str, Any] | None = None) -> Record:
     """A recording, on its own."""
-    return Record(id, (Message("human", (part,)),), meta or {})
+    return Record(id, (Message("human", (part,)),), meta=meta or {})
 
 
 def text_record(id: str, text: str, meta: dict[str, Any] | None = None) -> Record:
     """A text, on its own."""
-    return Record(id, (Message("human", (TextPart(text),)),), meta or {})
+    return Record(id, (Message("human", (TextPart(text),)),), meta=meta or {})
 
 
 def with_audio_parts(record: Record, parts: Sequence[AudioPart]) -> Record:
@@ -219,6 +240,8 @@ def _problems(record: Record) -> Iterator[str]:
             if isinstance(part, AudioPart):
                 for problem in _audio_problems(part):
                     yield f"messages.{m}.content.{p}.{problem}"
+            elif isinstance(part, ToolCall) and message.role != "assistant":
+                yield f"messages.{m}.content.{p}: the assistant calls tools, not {message.role}"
 
 
 def _audio_problems(part: AudioPart) -> Iterator[str]:

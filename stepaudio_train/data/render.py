@@ -16,8 +16,8 @@ Conversations (paper 5) are rendered turn by turn, as `data/chat.py` says.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -25,11 +25,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import SpeechLayout, Task
-from stepaudio_train.config.sft import AnswerLoss, ChatTemplate
+from stepaudio_train.config.sft import AnswerLoss, ChatHistory, ChatTemplate
 from stepaudio_train.data.batch import TASKS
-from stepaudio_train.data.chat import ChatFormat, TurnError
+from stepaudio_train.data.chat import ChatFormat, TurnError, task_of, turns_of
 from stepaudio_train.data.packing import Document
-from stepaudio_train.data.records import AudioPart, Message, Record, Span, TextPart
+from stepaudio_train.data.records import AudioPart, Record, Span, TextPart, ToolCall
 from stepaudio_train.tokenizers.dual import (
     GROUP_SAMPLES,
     TOKENS_PER_GROUP,
@@ -106,11 +106,14 @@ class Renderer:
             return _ids(*(Special.BOS, Special.TTS, Special.TEXT_START), text, Special.TEXT_END, Special.AUDIO_START)
         raise RenderError(f"{sample.record.id}: task {task!r} cannot be rendered yet")
 
-    def render_chat(self, sample: TokenSample, template: ChatTemplate, loss: AnswerLoss = "last") -> Document:
+    def render_chat(
+        self, sample: TokenSample, template: ChatTemplate, loss: AnswerLoss = "last", history: ChatHistory = "text"
+    ) -> Document:
         """A training document of a conversation. The assistant's answers teach, each with the `<|EOT|>` that ends it.
 
         Args:
             loss: whether all answers teach, or the last one alone (paper 5.2).
+            history: whether earlier recordings of a dialogue go in as their transcripts (paper 5.2.1).
 
         Raises:
             RenderError: the conversation does not end with an answer, or cannot be rendered.
@@ -118,31 +121,34 @@ class Renderer:
         last = sample.record.messages[-1].role
         if last != "assistant":
             raise RenderError(f"{sample.record.id}: ends with a turn of {last}, not with an answer")
-        ids, answers = self._turns(sample, template, sample.record.messages)
+        ids, answers = self._turns(sample, template, history)
         loss_weights = np.zeros(len(ids), np.float32)
         for answer in answers if loss == "all" else answers[-1:]:
             loss_weights[answer] = 1
-        return Document(ids, loss_weights, TASKS.index("chat"))
+        return Document(ids, loss_weights, TASKS.index(task_of(sample.record)))
 
-    def render_chat_prompt(self, sample: TokenSample, template: ChatTemplate) -> NDArray[np.int32]:
+    def render_chat_prompt(
+        self, sample: TokenSample, template: ChatTemplate, history: ChatHistory = "text"
+    ) -> NDArray[np.int32]:
         """The ids up to the assistant's next answer: what a model is served with. A last answer is not looked at.
 
         Raises:
             RenderError: the conversation cannot be rendered, or leaves nothing to answer.
         """
-        messages = sample.record.messages
-        if messages[-1].role == "assistant":
-            messages = messages[:-1]
-        if not messages or messages[-1].role not in ("human", "tool"):
-            raise RenderError(f"{sample.record.id}: has no turn to answer")
-        ids, _ = self._turns(sample, template, messages)
+        record = sample.record
+        if record.messages[-1].role == "assistant":
+            record = replace(record, messages=record.messages[:-1])
+        if not record.messages or record.messages[-1].role not in ("human", "tool"):
+            raise RenderError(f"{record.id}: has no turn to answer")
+        ids, _ = self._turns(replace(sample, record=record), template, history)
         return _ids(ids, ChatFormat(template, self.text_tokenizer).opening("assistant"))
 
     def _turns(
-        self, sample: TokenSample, template: ChatTemplate, messages: Sequence[Message]
+        self, sample: TokenSample, template: ChatTemplate, history: ChatHistory
     ) -> tuple[NDArray[np.int32], list[slice]]:
         chat = ChatFormat(template, self.text_tokenizer)
         try:
+            messages = turns_of(sample.record, audio_history=history == "audio")
             return chat.render(messages, lambda part: self._audio_of(sample, part))
         except TurnError as error:
             raise RenderError(f"{sample.record.id}: {error}") from None
@@ -211,7 +217,7 @@ class Renderer:
 
 
 def _only_part(record: Record) -> TextPart | AudioPart:
-    parts = [part for message in record.messages for part in message.content]
+    parts = [part for message in record.messages for part in message.content if not isinstance(part, ToolCall)]
     if len(parts) != 1:
         raise RenderError(f"{record.id}: pretraining tasks take records of one part, this one has {len(parts)}")
     return parts[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ def turn(role: Role, *parts: str | Part) -> Message:
     return Message(role, tuple(TextPart(part) if isinstance(part, str) else part for part in parts))
 
 
-def sample(*messages: Message) -> TokenSample:
-    return TokenSample(Record("c1", messages))
+def sample(*messages: Message, **fields: Any) -> TokenSample:
+    return TokenSample(Record("c1", messages, **fields))
 
 
 DIALOGUE = sample(
@@ -41,6 +42,7 @@ DIALOGUE = sample(
     turn("assistant", "one"),
     turn("human", "say two"),
     turn("assistant", AudioPart(tokens=GROUP * 2)),
+    task="tts",
 )
 
 
@@ -110,7 +112,7 @@ def test_a_served_prompt_begins_what_was_trained_on(renderer, template, loss):
 def test_answers_alone_teach(renderer, template):
     last = renderer.render_chat(DIALOGUE, template, "last")
     every = renderer.render_chat(DIALOGUE, template, "all")
-    assert last.ids.tolist() == every.ids.tolist() and last.task == TASKS.index("chat")
+    assert last.ids.tolist() == every.ids.tolist() and last.task == TASKS.index("tts")
     vocabulary = renderer.vocabulary
     codes = merge_streams([0, 1, 0, 1], [0, 1, 2, 0, 1, 2], vocabulary).tolist()
     assert last.ids[last.loss_weights == 1].tolist() == [*codes, Special.EOT]
