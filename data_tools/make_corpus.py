@@ -61,7 +61,8 @@ MANDARIN = {
     "开": "kai1",
     "关": "guan1",
 }
-"""Character -> what espeak is given: from characters alone it would make some neighbours into other words."""
+PRONOUNCED = dict(MANDARIN)
+"""Word -> what espeak is given: from Mandarin characters alone it would make some neighbours into other words."""
 SPEAKERS = (
     # None with breath: espeak-ng makes it from random numbers that it seeds with the time.
     ("en", "en-us+m1"),
@@ -95,6 +96,8 @@ class Utterance:
     speaker: str
     rate_wpm: int
     pitch: int
+    pitch_range: int = 50
+    """How much the pitch moves, of espeak's 0-99; 0 is monotone."""
 
     @property
     def words(self) -> list[str]:
@@ -124,7 +127,7 @@ class _Event(ctypes.Structure):
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 # Constants of speak_lib.h.
 _OUTPUT_SYNCHRONOUS, _CHARS_UTF8, _POSITION_CHARACTER = 2, 1, 1
-_PARAMETER_RATE, _PARAMETER_PITCH = 1, 3
+_PARAMETER_RATE, _PARAMETER_PITCH, _PARAMETER_RANGE = 1, 3, 4
 _EVENT_LIST_TERMINATED, _EVENT_WORD = 0, 1
 
 
@@ -150,7 +153,8 @@ class Espeak:
             raise RuntimeError(f"espeak-ng has no voice {utterance.speaker!r}")
         self._library.espeak_SetParameter(_PARAMETER_RATE, utterance.rate_wpm, 0)
         self._library.espeak_SetParameter(_PARAMETER_PITCH, utterance.pitch, 0)
-        text = " ".join(MANDARIN.get(word, word) for word in utterance.words).encode()
+        self._library.espeak_SetParameter(_PARAMETER_RANGE, utterance.pitch_range, 0)
+        text = " ".join(PRONOUNCED.get(word, word) for word in utterance.words).encode()
         failed = self._library.espeak_Synth(
             text, ctypes.c_size_t(len(text) + 1), 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None
         )
@@ -184,9 +188,11 @@ def draw_utterance(rng: np.random.Generator) -> Utterance:
     )
 
 
-def record(speech: np.ndarray, sample_rate_hz: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def record(
+    speech: np.ndarray, sample_rate_hz: int, rng: np.random.Generator, pause_s: tuple[float, float] = PAUSE_S
+) -> tuple[np.ndarray, int]:
     """Speech as recorded: [samples] float32 with silence around it, a level and noise, and where the speech starts."""
-    before, after = (int(rng.uniform(*PAUSE_S) * sample_rate_hz) for _ in range(2))
+    before, after = (int(rng.uniform(*pause_s) * sample_rate_hz) for _ in range(2))
     wave = np.pad(speech * (rng.uniform(*PEAK) / max(np.abs(speech).max(), 1e-4)), (before, after))
     noise = rng.standard_normal(wave.size) * 10 ** (rng.uniform(*NOISE_DB) / 20)
     return (wave + noise).clip(-1, 1).astype(np.float32), before

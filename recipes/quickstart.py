@@ -11,6 +11,7 @@ hold them), and what stopped half-way goes on from there. Writes report.html and
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from stepaudio_train.config.compose import load_config, quoted, run_recipe, to_m
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.quickstart import QuickstartConfig, quickstart_problems
 from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.data.files import write_atomically
 from stepaudio_train.data.records import Record, record_to_json, text_record
 from stepaudio_train.data.sources import find_recordings
@@ -58,6 +60,8 @@ def _run_all(config: QuickstartConfig, run: Path, parts: Parts) -> None:
     source = _corpus(config, run, parts)
     _data(config, run, parts, stepaudio, source)
     _stages(config, run, parts, stepaudio)
+    if config.corpus is None:
+        _fine_tuning(config, run, parts, stepaudio)
     folders = {"model_dir": "stage3/export", "tokens": "tokens", "output": "evaluation"}
     settings = [f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()]
     parts.run("evaluate", [*stepaudio, "run", "evaluate", *settings])
@@ -75,7 +79,22 @@ def _corpus(config: QuickstartConfig, run: Path, parts: Parts) -> Path:
         return Path(config.corpus)
     size = ["--minutes", f"{config.corpus_minutes:g}", "--seed", str(config.seed)]
     parts.run("corpus", [sys.executable, "-m", "data_tools.make_corpus", f"{run}/corpus", *size])
-    return run / "corpus" / "manifest.jsonl"
+    scale = ["--scale", f"{config.instruction_scale:g}", "--seed", str(config.seed)]
+    made = [sys.executable, "-m", "data_tools.make_instruction_corpus", f"{run}/instructions", *scale]
+    parts.run("instructions", made)
+    return _joined_manifest(run, ("corpus", "instructions"))
+
+
+def _joined_manifest(run: Path, folders: Sequence[str]) -> Path:
+    """One manifest of what several folders' manifests list."""
+    lines = []
+    for folder in folders:
+        for line in (run / folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            lines.append(json.dumps({**entry, "audio": f"{folder}/{entry['audio']}"}, ensure_ascii=False))
+    path = run / "recordings.jsonl"
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+    return path
 
 
 def _data(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str], source: Path) -> None:
@@ -92,6 +111,8 @@ def _data(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str
     encoders = ("linguistic_training", "semantic_training")
     train = ["run", "tokenizer", f"corpus={quoted(f'{run}/prepared')}", f"run_dir={quoted(tokenizer)}"]
     train.append(f"seed={config.seed}")
+    if config.corpus is None:
+        train.append(f"texts={quoted(f'{run}/instructions/texts.txt')}")
     parts.run(
         "tokenizers", [*stepaudio, *train, *(f"{encoder}.steps={config.tokenizer_steps}" for encoder in encoders)]
     )
@@ -127,6 +148,18 @@ def _stages(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[s
             f"training.micro_batch_rows={rows // 4 if stage == 'stage1' else rows // 2}",
         ]
         parts.run(stage, [*stepaudio, "run", "pretrain", *settings, "--nproc", str(NUM_PROCESSES)])
+
+
+def _fine_tuning(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str]) -> None:
+    """Conversations whose instruction tags are true, and what the model learned of them (paper 5)."""
+    experiment = "experiment=quickstart_sft"
+    settings = [
+        experiment,
+        *_moved(to_mapping(load_config("sft", SftConfig, [experiment])), run),
+        f"training.seed={config.seed}",
+        f"data.epochs={config.sft_epochs:g}",
+    ]
+    parts.run("sft", [*stepaudio, "run", "sft", *settings, "--nproc", str(NUM_PROCESSES)])
 
 
 def _moved(mapping: dict[str, Any], run: Path, prefix: str = "") -> list[str]:

@@ -10,7 +10,8 @@ import os
 from stepaudio_train.config.checks import sft_problems
 from stepaudio_train.config.compose import run_recipe, save_config
 from stepaudio_train.config.sft import SftConfig, with_max_steps, with_text_tokenizer
-from stepaudio_train.data.conversations import Worker, load_conversations, write_report
+from stepaudio_train.data.conversation_files import Worker
+from stepaudio_train.data.conversations import load_conversations, write_report
 from stepaudio_train.data.sft_loader import SftLoader, validation_batches
 from stepaudio_train.engines.build import build_engine
 from stepaudio_train.objectives.language_modelling import LanguageModelling

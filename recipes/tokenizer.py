@@ -78,10 +78,12 @@ def claim(run: Path, config: TokenizerTrainConfig) -> None:
 
 
 def train_text(run: Path, config: TokenizerTrainConfig) -> None:
-    """Learn text pieces from the transcripts."""
+    """Learn text pieces from the transcripts, and from what else there is to read."""
     if not (run / TEXT_FILE).is_file():
-        folder = Path(config.corpus) / config.train_split
-        train_text_tokenizer((text for _, text, _ in transcripts(folder)), config.text_size, run / TEXT_FILE)
+        texts = [text for _, text, _ in transcripts(Path(config.corpus) / config.train_split)]
+        if config.texts is not None:
+            texts += Path(config.texts).read_text(encoding="utf-8").splitlines()
+        train_text_tokenizer(texts, config.text_size, run / TEXT_FILE)
 
 
 def train_encoder(name: str, config: TokenizerTrainConfig) -> None:

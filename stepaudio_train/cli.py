@@ -48,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_run,
         _add_prepare,
         _add_tokenize,
+        _add_data,
         _add_generate,
+        _add_evaluate,
         _add_convert,
         _add_export,
         _add_plan,
@@ -138,6 +140,65 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> None:
         metavar="PERCENT",
         help="encode this share of the recordings again, one by one, and compare",
     )
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    group = commands.add_parser("data", help="conversations: show, check, import and process them")
+    actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
+    needs = "a JSONL file of conversations (docs/fine_tuning.md) and the model's text tokenizer."
+    show = _command(
+        actions,
+        "show",
+        _data_show,
+        "conversations as the model sees them: ids, text, and in colour what teaches",
+        needs=needs,
+        example="stepaudio data show my.jsonl --text-tokenizer Step-Audio-TTS-3B/tokenizer.model --first 12 --count 1",
+    )
+    add = show.add_argument
+    add("--speech-tokenizer", type=Path, metavar="DIR", help="encodes recordings; without it their length is shown")
+    add("--first", type=int, metavar="LINE", help="line to begin with (default 1)")
+    add("--count", type=int, metavar="N", help="conversations to show (default 3)")
+    add("--ids", action="store_true", help="every id with its piece")
+    check = _command(
+        actions,
+        "check",
+        _data_check,
+        "every line of a file: what would be refused, and why",
+        needs=needs,
+        example="stepaudio data check my.jsonl --text-tokenizer Step-Audio-TTS-3B/tokenizer.model",
+    )
+    check.add_argument("--sequence-length", type=int, metavar="N", help="longer ones are refused (default 4096)")
+    for parser in (show, check):
+        add = parser.add_argument
+        add("file", type=Path, metavar="FILE", help="conversations")
+        add("--text-tokenizer", type=Path, required=True, metavar="FILE", help="SentencePiece file")
+        add("--template", choices=("tts", "chat"), help="how turns are opened (default tts)")
+        add("--loss", choices=("last", "all"), help="which answers teach (default last)")
+        add("--history", choices=("text", "audio"), help="earlier recordings of a dialogue (default text)")
+        add("--own-tags", nargs="+", metavar="TAG", help="instruction tags besides the paper's")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    group = commands.add_parser("evaluate", help="a fine-tuned model: its answers, and whether it does as told")
+    actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
+    answers = _command(
+        actions,
+        "answers",
+        _evaluate_answers,
+        "answer held-out conversations, and score what is written, beside exchanged recordings",
+        needs="a finished run of `stepaudio run sft`, and conversations that it was not trained on.",
+        example="stepaudio evaluate answers runs/sft held_out.jsonl --output runs/sft/answers",
+    )
+    add = answers.add_argument
+    add("model", type=Path, metavar="RUN", help="run directory")
+    add("file", type=Path, metavar="FILE", help="conversations with their answers")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--reference", type=Path, metavar="FILE", help="conversations of the training, for `evaluate control`")
+    add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens an answer (default 512)")
+    add("--temperature", type=float, metavar="T", help="of spoken answers (default 0.7)")
+    add("--top-k", type=int, metavar="K", help="draw among the K most likely (default 50)")
+    add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
@@ -286,6 +347,25 @@ def _tokenize(options: argparse.Namespace) -> int:
             # One token in a thousand may be a close choice that rounding decides; with bf16, more.
             agrees = agrees and (typed.precision != "fp32" or found.num_different <= found.num_tokens / 1000)
     return 0 if agrees else 1
+
+
+def _data_show(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.data import DataOptions, show
+
+    return show(_typed(DataOptions, options))
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.data import DataOptions, check
+
+    return check(_typed(DataOptions, options))
+
+
+def _evaluate_answers(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.evaluate import AnswersOptions, evaluate_answers, summary
+
+    print(summary(evaluate_answers(_typed(AnswersOptions, options))), end="")
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -18,8 +18,10 @@ class QuickstartConfig:
     """Everything is written here. A run that was stopped goes on when it is started again."""
     corpus: str | None = None
     """What `stepaudio prepare` takes: a folder of transcribed recordings, or a manifest. None: an espeak-ng corpus."""
-    corpus_minutes: float = 60.0
+    corpus_minutes: float = 45.0
     """Length of the espeak-ng corpus. No effect with `corpus`."""
+    instruction_scale: float = 1.0
+    """Size of the corpus of conversations; 1 is about 7,000. No effect with `corpus`, which is not fine-tuned on."""
     heldout_speaker: str | None = None
     """No recording of this speaker is trained on; the report has an error rate of their own."""
     join_max: int | None = None
@@ -34,6 +36,8 @@ class QuickstartConfig:
     stage2_steps: int = 50
     stage3_steps: int = 900
     """The third stage is where the model learns to recognise and to speak."""
+    sft_epochs: float = 4.0
+    """How often fine-tuning goes through the conversations."""
     minutes: float = 12.0
     """What all parts together may take. If the machine is too slow for that, stage 3 gets fewer steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -143,6 +143,8 @@ class TokenizerTrainConfig:
     """Where error rates are measured. Nothing is learned from it."""
     text_size: int = 512
     """Ids of the text tokenizer: 324 special and byte ids, then learned pieces."""
+    texts: str | None = None
+    """Text file whose lines the text tokenizer learns from besides the transcripts."""
     linguistic: LinguisticConfig = field(default_factory=LinguisticConfig)
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
     linguistic_training: EncoderTrainConfig = field(default_factory=EncoderTrainConfig)

@@ -1,83 +1,35 @@
-"""A JSONL file of conversations -> documents to train on, and what was left out and why.
-
-Lines become records, whose recordings are found but not opened; recordings become codes, once (`data/speech_cache.py`);
-records and codes become ids (`data/render.py`).
-"""
+"""A JSONL file of conversations -> documents to train on, and what was left out and why."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.sft import SftConfig, SftDataConfig
+from stepaudio_train.data.batch import TASKS
+from stepaudio_train.data.conversation_files import (
+    ConversationFile,
+    EncodedConversations,
+    Worker,
+    encode_conversations,
+)
 from stepaudio_train.data.files import write_atomically
 from stepaudio_train.data.packing import Document
-from stepaudio_train.data.records import Record, RecordError, parse_record
-from stepaudio_train.data.render import Renderer, RenderError, TokenSample
+from stepaudio_train.data.render import Renderer, RenderError
 from stepaudio_train.data.sources import Refusal
-from stepaudio_train.data.speech_cache import SpeechCache
-from stepaudio_train.tokenizers.speech import SpeechTokens
+from stepaudio_train.data.tags import TagVocabulary
 from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
 _NAMED_REFUSALS = 10
-
-
-@dataclass(frozen=True)
-class Worker:
-    """This process among those that build the same documents."""
-
-    rank: int = 0
-    num_processes: int = 1
-    device: str = "auto"
-    """Where recordings are encoded."""
-    wait_for_all: Callable[[], None] = lambda: None
-    """Returns when every process has called it."""
-    progress_bar: bool = False
-    """On rank 0."""
-
-
-@dataclass(frozen=True)
-class ConversationFile:
-    """The lines of a file that are conversations, and those that are not."""
-
-    path: Path
-    records: list[tuple[str, Record]]
-    """(file:line, conversation)."""
-    refused: list[Refusal]
-
-    @classmethod
-    def read(cls, path: Path, with_recordings: bool) -> ConversationFile:
-        """Read every line; blank ones are skipped.
-
-        Args:
-            with_recordings: whether recordings may come without their codes.
-        """
-        records, refused = [], []
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    record = parse_record(line, where, default_id=f"{path.name}:{number}")
-                    _require_recordings(record, where, path.parent, with_recordings)
-                except RecordError as error:
-                    refused.append(Refusal(where, str(error).removeprefix(f"{where}: ")))
-                    continue
-                records.append((where, record))
-        return cls(path, records, refused)
-
-    def recordings(self) -> list[Path]:
-        """Recordings whose codes are not in the file, in its order."""
-        return [path for _, record in self.records for path in _recordings(record, self.path.parent).values()]
 
 
 @dataclass(frozen=True)
@@ -93,6 +45,7 @@ class Conversations:
         return {
             "path": str(self.path),
             "conversations": len(self.documents),
+            "tasks": dict(Counter(TASKS[document.task] for document in self.documents).most_common()),
             "tokens": sum(len(document) for document in self.documents),
             "tokens_with_loss": int(sum(document.loss_weights[1:].sum() for document in self.documents)),
             "num_refused": len(self.refused),
@@ -116,22 +69,13 @@ def load_conversations(
     """
     worker = worker or Worker()
     renderer = _renderer(config, vocabulary)
-    data, paths = config.data, {"data": config.data.path}
-    if config.validation is not None:
-        paths["validation"] = config.validation
-    with_recordings = data.speech_tokenizer is not None
-    files = {name: ConversationFile.read(Path(path), with_recordings) for name, path in paths.items()}
-    recordings = [path for file in files.values() for path in file.recordings()]
-    codes: dict[Path, SpeechTokens] = {}
-    reasons: dict[Path, str] = {}
-    if data.speech_tokenizer is not None and recordings:
-        speech = SpeechCache(cache, Path(data.speech_tokenizer))
-        progress = worker.progress_bar and worker.rank == 0
-        speech.encode(recordings, (worker.rank, worker.num_processes), worker.device, progress)
-        worker.wait_for_all()
-        codes, reasons = speech.look_up(recordings)
+    data, paths = config.data, [config.data.path, *([] if config.validation is None else [config.validation])]
+    tags, tokenizer = TagVocabulary(data.own_tags), data.speech_tokenizer
+    files = [ConversationFile.read(Path(path), tags, tokenizer is not None) for path in paths]
+    encoded = encode_conversations(files, None if tokenizer is None else Path(tokenizer), cache, worker)
     longest = config.training.sequence_length
-    return {name: _rendered(file, renderer, data, longest, codes, reasons) for name, file in files.items()}
+    rendered = [render_conversations(found, renderer, data, longest) for found in encoded]
+    return dict(zip(("data", "validation"), rendered, strict=False))
 
 
 def write_report(found: Mapping[str, Conversations], path: Path) -> None:
@@ -147,26 +91,20 @@ def write_report(found: Mapping[str, Conversations], path: Path) -> None:
             log.warning("left out: %d in all; %s names them", len(refused), path)
 
 
-def _rendered(
-    file: ConversationFile,
-    renderer: Renderer,
-    data: SftDataConfig,
-    longest: int,
-    codes: dict[Path, SpeechTokens],
-    reasons: dict[Path, str],
+def render_conversations(
+    found: EncodedConversations, renderer: Renderer, data: SftDataConfig, longest: int
 ) -> Conversations:
-    documents, refused = [], list(file.refused)
-    for where, record in file.records:
-        own = _recordings(record, file.path.parent)
-        unread = [reasons[path] for path in own.values() if path in reasons]
-        if unread:
-            refused.append(Refusal(where, "; ".join(unread)))
-            continue
-        sample = TokenSample(record, {name: codes[path] for name, path in own.items()})
+    """Documents of at most `longest` tokens.
+
+    Raises:
+        UserError: no conversation can be used.
+    """
+    documents, refused = [], list(found.refused)
+    for where, sample in found.samples:
         try:
-            document = renderer.render_chat(sample, data.template, data.loss)
+            document = renderer.render_chat(sample, data.template, data.loss, data.history)
         except RenderError as error:
-            refused.append(Refusal(where, str(error).removeprefix(f"{record.id}: ")))
+            refused.append(Refusal(where, str(error).removeprefix(f"{sample.record.id}: ")))
             continue
         if len(document) > longest:
             reason = f"has {len(document)} tokens; type training.sequence_length={len(document)} or more"
@@ -176,21 +114,8 @@ def _rendered(
     refused.sort(key=lambda refusal: _line(refusal.name))
     if not documents:
         reasons_shown = "; ".join(f"{r.name}: {r.reason}" for r in refused[:3]) or "it is empty"
-        raise UserError(f"{file.path}: no conversation can be used ({reasons_shown})")
-    return Conversations(file.path, documents, refused)
-
-
-def _require_recordings(record: Record, where: str, folder: Path, with_recordings: bool) -> None:
-    for path in _recordings(record, folder).values():
-        if not with_recordings:
-            raise RecordError(f"{where}: {path}: comes without tokens; type data.speech_tokenizer=DIR to encode it")
-        if not path.is_file():
-            raise RecordError(f"{where}: {path}: no such recording")
-
-
-def _recordings(record: Record, folder: Path) -> dict[str, Path]:
-    """Name in the record -> file, of those audio parts that come without codes."""
-    return {part.audio: folder / part.audio for part in record.audio_parts() if part.tokens is None}
+        raise UserError(f"{found.path}: no conversation can be used ({reasons_shown})")
+    return Conversations(found.path, documents, refused)
 
 
 def _renderer(config: SftConfig, vocabulary: Vocabulary) -> Renderer:

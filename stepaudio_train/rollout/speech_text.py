@@ -7,12 +7,13 @@ Prompts come from the one renderer, so that a model is served with what it was t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from stepaudio_train.config.schema import SpeechLayout
+from stepaudio_train.config.sft import ChatHistory, ChatTemplate
 from stepaudio_train.data.records import AudioPart, speech_record
 from stepaudio_train.data.render import Renderer, TokenSample
 from stepaudio_train.engines.precision import choose_device
@@ -28,6 +29,17 @@ TOKENIZER_FILE = "tokenizer.model"
 _AUDIO_NAME = "audio"
 _END_OF_TEXT = (int(Special.TEXT_END), int(Special.EOS))
 _END_OF_AUDIO = (int(Special.AUDIO_END), int(Special.EOS))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the assistant said."""
+
+    text: str
+    speech: SpeechTokens | None
+    """None if it said nothing aloud."""
+    ended: bool
+    """Whether it ended its turn itself."""
 
 
 class SpeechTextModel:
@@ -83,6 +95,30 @@ class SpeechTextModel:
         samples = [as_sample(tokens) for tokens in speech]
         prompts = [self.renderer.render_prompt(sample, "continuation").tolist() for sample in samples]
         return [self._speech(g) for g in self._generate(prompts, replace(config, stop_ids=_END_OF_AUDIO), seeds)]
+
+    def answer(
+        self,
+        samples: Sequence[TokenSample],
+        config: SamplingConfig,
+        template: ChatTemplate = "tts",
+        history: ChatHistory = "text",
+        seeds: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """The assistant's next turn in each conversation; a last answer in it is not looked at. `config.stop_ids` is
+        set here.
+
+        Raises:
+            RenderError: a conversation that cannot be rendered.
+        """
+        prompts = [self.renderer.render_chat_prompt(sample, template, history).tolist() for sample in samples]
+        stop_ids = (int(Special.EOT), int(Special.EOS))
+        return [self._answer(g) for g in self._generate(prompts, replace(config, stop_ids=stop_ids), seeds)]
+
+    def _answer(self, generation: Generation) -> Answer:
+        first_audio, end = self.renderer.vocabulary.linguistic_offset, self.renderer.vocabulary.audio_end
+        audio = [index for index in generation.ids if first_audio <= index < end]
+        speech = self._speech(replace(generation, ids=audio)) if audio else None
+        return Answer(self._text(generation), speech, generation.stop_id == Special.EOT)
 
     def _generate(
         self, prompts: list[list[int]], config: SamplingConfig, seeds: Sequence[int] | None = None

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from stepaudio_train.data.batch import TASKS
-from stepaudio_train.data.records import AudioPart, Message, Part, Record, Role, TextPart
+from stepaudio_train.data.prompts import ASR_PROMPT
+from stepaudio_train.data.records import AudioPart, Message, Part, Record, Role, TextPart, ToolCall
 from stepaudio_train.data.render import Renderer, RenderError, TokenSample
 from stepaudio_train.tokenizers.dual import audio_ids_to_text, merge_streams
 from stepaudio_train.tokenizers.speech import SpeechTokens
@@ -104,7 +105,7 @@ def test_a_served_prompt_begins_what_was_trained_on(renderer, template, loss):
     assert document.ids[: len(prompt)].tolist() == prompt.tolist()
     # Everything behind the prompt, and with it the end of the turn, is what the model has to say.
     assert (document.loss_weights[len(prompt) :] == 1).all() and document.ids[-1] == Special.EOT
-    unanswered = sample(*DIALOGUE.record.messages[:-1])
+    unanswered = sample(*DIALOGUE.record.messages[:-1], task="tts")
     assert renderer.render_chat_prompt(unanswered, template).tolist() == prompt.tolist()
 
 
@@ -163,3 +164,90 @@ def test_nothing_to_answer(renderer):
     for messages in ([turn("system", "be brief")], [ANSWER]):
         with pytest.raises(RenderError, match="no turn to answer"):
             renderer.render_chat_prompt(sample(*messages), "tts")
+
+
+HEARD = AudioPart(tokens=GROUP, text="what is seven plus two")
+
+
+def decoded(renderer: Renderer, conversation: TokenSample, **options: Any) -> str:
+    """What is rendered, with every five audio tokens as A."""
+    ids = renderer.render_chat(conversation, "chat", **options).ids.tolist()
+    audio = [index >= renderer.vocabulary.linguistic_offset for index in ids]
+    text = renderer.text_tokenizer.decode([int(Special.UNK) if a else i for i, a in zip(ids, audio, strict=True)])
+    return text.replace("<unk>" * 5, "A")
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "task"),
+    [
+        ([turn("human", "one"), turn("assistant", "two")], {}, "tqta"),
+        ([turn("human", HEARD), turn("assistant", "two")], {}, "aqta"),
+        ([turn("human", HEARD), turn("assistant", HEARD)], {}, "aqaa"),
+        ([turn("human", "one"), turn("assistant", HEARD)], {}, "tts"),
+        ([turn("system", ASR_PROMPT), turn("human", HEARD), turn("assistant", "two")], {}, "asr"),
+        ([turn("human", "one"), turn("assistant", ToolCall("f"))], {}, "tool"),
+        ([turn("human", "one"), turn("assistant", "two")], {"tools": ({"name": "f"},)}, "tool"),
+        ([turn("system", "x"), turn("human", "one"), turn("assistant", "two")], {"task": "role_play"}, "role_play"),
+    ],
+)
+def test_a_conversation_has_a_task_for_its_loss(renderer, messages, fields, task):
+    document = renderer.render_chat(sample(*messages, **fields), "tts")
+    assert TASKS[document.task] == task
+
+
+def test_earlier_recordings_of_a_dialogue_go_in_as_text(renderer):
+    dialogue = sample(turn("human", HEARD), turn("assistant", "nine"), turn("human", HEARD), turn("assistant", "nine"))
+    frame = "<s><|BOT|>human\n{}<|EOT|><|BOT|>assistant\nnine<|EOT|><|BOT|>human\nA<|EOT|><|BOT|>assistant\nnine<|EOT|>"
+    assert decoded(renderer, dialogue) == frame.format("what is seven plus two")
+    assert decoded(renderer, dialogue, history="audio") == frame.format("A")
+    for history in ("text", "audio"):
+        prompt = renderer.render_chat_prompt(dialogue, "chat", history).tolist()
+        assert renderer.render_chat(dialogue, "chat", history=history).ids[: len(prompt)].tolist() == prompt
+    unwritten = sample(turn("human", AudioPart(tokens=GROUP)), *dialogue.record.messages[1:])
+    with pytest.raises(RenderError, match=r"turn 1: its audio needs its transcript.*data\.history=audio"):
+        renderer.render_chat(unwritten, "chat")
+
+
+def test_a_voice_to_speak_in_stays_audio(renderer):
+    rounds = [turn("human", "one"), turn("assistant", HEARD), turn("human", "two"), turn("assistant", HEARD)]
+    assert decoded(renderer, sample(*rounds)).count("A") == 2
+
+
+def test_taqta_answers_with_what_it_heard_first(renderer):
+    asked = [turn("human", "answer this: ", HEARD)]
+    told = decoded(renderer, sample(*asked, turn("assistant", "nine"), task="taqta"))
+    expected = "<s><|BOT|>human\nanswer this: A<|EOT|><|BOT|>assistant\nwhat is seven plus two\nnine<|EOT|>"
+    assert told == expected
+    written = turn("assistant", "what is seven plus two\nnine")
+    assert decoded(renderer, sample(*asked, written, task="taqta")) == expected
+    document = renderer.render_chat(sample(*asked, written, task="taqta"), "chat")
+    prompt = renderer.render_chat_prompt(sample(*asked, task="taqta"), "chat")
+    # The written question goes in without loss, the recording's text comes out with it (paper 5.2).
+    assert document.loss_weights.tolist() == [0] * len(prompt) + [1] * (len(document) - len(prompt))
+
+
+def test_tools_their_calls_and_their_results(renderer):
+    schema = {"name": "add", "parameters": {"type": "object"}}
+    call = turn("assistant", "wait ", ToolCall("add", {"a": 7, "b": 2}))
+    turns = [turn("system", "be brief"), turn("human", HEARD), call, turn("tool", "9"), turn("assistant", "nine")]
+    assert decoded(renderer, sample(*turns, tools=(schema,))) == (
+        '<s><|BOT|>system\nbe brief<|EOT|><|BOT|>tool_json_schemas\n[{"name": "add", "parameters": {"type": "object"}}]'
+        '<|EOT|><|BOT|>human\nA<|EOT|><|BOT|>assistant\nwait <|CALL_START|> function\nadd\n{"a": 7, "b": 2}<|CALL_END|>'
+        "<|EOT|><|BOT|>tool\n9<|EOT|><|BOT|>assistant\nnine<|EOT|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "messages", "reason"),
+    [
+        ("asr", [turn("human", "one"), turn("assistant", "two")], "the last turn of human must hold audio"),
+        ("asr", [turn("human", HEARD), turn("assistant", HEARD)], "the last turn of assistant must hold text"),
+        ("tqta", [turn("human", HEARD), turn("assistant", "two")], "the last turn of human must hold text"),
+        ("edit", [turn("human", HEARD), turn("assistant", HEARD)], "must hold text and audio"),
+        ("taqta", [turn("human", "x", AudioPart(tokens=GROUP)), turn("assistant", "two")], "needs its transcript"),
+        ("role_play", [turn("human", "one"), turn("assistant", "two")], "the first turn must be the system's"),
+    ],
+)
+def test_a_conversation_is_what_its_task_says(renderer, task, messages, reason):
+    with pytest.raises(RenderError, match=reason):
+        renderer.render_chat(sample(*messages, task=task), "tts")

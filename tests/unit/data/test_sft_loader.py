@@ -17,7 +17,8 @@ from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.schema import ModelConfig, VocabularyConfig
 from stepaudio_train.config.sft import SftConfig, SftDataConfig, SftTrainingConfig
 from stepaudio_train.data.batch import TokenBatch
-from stepaudio_train.data.conversations import Worker, load_conversations, write_report
+from stepaudio_train.data.conversation_files import Worker
+from stepaudio_train.data.conversations import load_conversations, write_report
 from stepaudio_train.data.packing import Document
 from stepaudio_train.data.sft_loader import SftLoader, validation_batches
 from stepaudio_train.data.speech_cache import SpeechCache

@@ -1,0 +1,154 @@
+"""Answers of a fine-tuned model to held-out conversations, and their scores beside those for exchanged recordings.
+
+A model that does not listen scores as well on exchanged recordings as on the right ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stepaudio_train.config.sft import ChatHistory, ChatTemplate
+from stepaudio_train.data.chat import task_of
+from stepaudio_train.data.records import AudioPart, Message, Record, TextPart
+from stepaudio_train.data.render import TokenSample
+from stepaudio_train.evaluation.word_errors import normalise, word_error_rate
+from stepaudio_train.rollout.sampling import SamplingConfig
+from stepaudio_train.rollout.speech_text import Answer, SpeechTextModel
+from stepaudio_train.tokenizers.dual import audio_ids_to_text, merge_streams
+from stepaudio_train.tokenizers.speech import SpeechTokens
+from stepaudio_train.tokenizers.vocabulary import Vocabulary
+
+WRITTEN_TASKS = ("asr", "tqta", "aqta", "taqta", "tool", "role_play")
+"""Answered in text, by the most likely tokens. The others are spoken, and drawn."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A conversation and what the model answered."""
+
+    sample: TokenSample
+    answer: Answer
+
+    @property
+    def task(self) -> str:
+        return task_of(self.sample.record)
+
+    @property
+    def reference(self) -> str:
+        """The written answer, or what the spoken one says."""
+        last = self.sample.record.messages[-1]
+        return "".join(p.text or "" for p in last.content if isinstance(p, TextPart | AudioPart))
+
+    def line(self, vocabulary: Vocabulary) -> dict[str, Any]:
+        """For answers.jsonl: with the record's `meta`, what `stepaudio evaluate control` takes."""
+        line: dict[str, Any] = {"id": self.sample.record.id, "task": self.task, "reference": self.reference}
+        line |= {"answer": self.answer.text, "ended": self.answer.ended}
+        if self.answer.speech is not None:
+            line["audio_tokens"] = _written(self.answer.speech, vocabulary)
+        return {**self.sample.record.meta, **line}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good the written answers of a task are."""
+
+    num: int
+    wer: float
+    """Percent."""
+    exact: float
+    """Percent of answers that are the reference word for word."""
+
+
+def answer_all(
+    model: SpeechTextModel,
+    samples: Sequence[TokenSample],
+    sampling: SamplingConfig,
+    template: ChatTemplate,
+    history: ChatHistory,
+    seed: int = 0,
+) -> list[Answered]:
+    """Answer every conversation, in their order.
+
+    Args:
+        sampling: of spoken answers; written ones take the most likely tokens.
+    """
+    greedy = replace(sampling, temperature=0.0)
+    answered: dict[int, Answered] = {}
+    for config, chosen in ((greedy, _indices(samples, True)), (sampling, _indices(samples, False))):
+        seeds = [seed + i for i in chosen]
+        answers = model.answer([samples[i] for i in chosen], config, template, history, seeds)
+        answered |= {i: Answered(samples[i], answer) for i, answer in zip(chosen, answers, strict=True)}
+    return [answered[index] for index in range(len(samples))]
+
+
+def score(answered: Sequence[Answered]) -> dict[str, Scores]:
+    """By task, of the written answers."""
+    by_task: dict[str, list[Answered]] = defaultdict(list)
+    for one in answered:
+        if one.task in WRITTEN_TASKS:
+            by_task[one.task].append(one)
+    return {task: _scores(found) for task, found in sorted(by_task.items())}
+
+
+def with_exchanged_audio(samples: Sequence[TokenSample], seed: int = 0) -> list[TokenSample]:
+    """The conversations whose last question is heard, each with the recordings of another one's question of its task.
+
+    A task with one such conversation alone is left out.
+    """
+    groups: dict[str, list[TokenSample]] = defaultdict(list)
+    for sample in samples:
+        if _heard(sample.record):
+            groups[task_of(sample.record)].append(sample)
+    exchanged = []
+    for _, group in sorted(groups.items()):
+        order = group.copy()
+        random.Random(seed).shuffle(order)
+        if len(order) > 1:  # a rotation of a random order: nobody keeps their own
+            exchanged += [_with_audio_of(one, other) for one, other in zip(order, order[1:] + order[:1], strict=True)]
+    return exchanged
+
+
+def spoken_line(sample: TokenSample, folder: Path, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The record's own spoken answer in the form of `Answered.line`, with its recording."""
+    last = sample.record.messages[-1]
+    part = next(part for part in last.content if isinstance(part, AudioPart))
+    tokens = part.tokens or _written(sample.speech[part.audio], vocabulary)
+    line = {"id": sample.record.id, "task": task_of(sample.record), "audio_tokens": tokens}
+    return {**sample.record.meta, **line, **({"audio": str(folder / part.audio)} if part.audio else {})}
+
+
+def _scores(answered: Sequence[Answered]) -> Scores:
+    references, answers = [one.reference for one in answered], [one.answer.text for one in answered]
+    exact = [normalise(a) == normalise(b) for a, b in zip(references, answers, strict=True)]
+    return Scores(len(answered), word_error_rate(references, answers).percent, 100 * sum(exact) / len(exact))
+
+
+def _indices(samples: Sequence[TokenSample], written: bool) -> list[int]:
+    return [i for i, sample in enumerate(samples) if (task_of(sample.record) in WRITTEN_TASKS) == written]
+
+
+def _question(record: Record) -> int:
+    return max(place for place, message in enumerate(record.messages) if message.role == "human")
+
+
+def _heard(record: Record) -> list[AudioPart]:
+    return [part for part in record.messages[_question(record)].content if isinstance(part, AudioPart)]
+
+
+def _with_audio_of(sample: TokenSample, other: TokenSample) -> TokenSample:
+    place, others = _question(sample.record), _heard(other.record)
+    message = sample.record.messages[place]
+    given = iter(others * len(message.content))
+    content = tuple(next(given) if isinstance(part, AudioPart) else part for part in message.content)
+    messages = list(sample.record.messages)
+    messages[place] = Message(message.role, content)
+    return TokenSample(replace(sample.record, messages=tuple(messages)), {**sample.speech, **other.speech})
+
+
+def _written(speech: SpeechTokens, vocabulary: Vocabulary) -> str:
+    return audio_ids_to_text(merge_streams(speech.linguistic, speech.semantic, vocabulary), vocabulary)
