@@ -60,7 +60,7 @@ DIGITS = {
     "Japanese": ("れい", "いち", "に", "さん", "よん", "ご", "ろく", "なな", "はち", "きゅう"),
 }
 NEUTRAL_RATE_WPM, NEUTRAL_PITCH, NEUTRAL_RANGE = 140, 50, 50
-FASTER, SLOWER = 1.12, 1.1
+FASTER, SLOWER = 1.16, 1.12
 """Of the speaking rate, a level."""
 MELODY = (20, 50, 80, 50, 20)
 """Pitch of each sung word, of espeak's 0-99: a tune that goes up and comes down."""
@@ -89,7 +89,7 @@ PRONOUNCED |= {
 }
 
 
-NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 3000, 600, 1200, 2400
+NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 4000, 600, 1200, 2400
 """Conversations of each kind at scale 1, over all splits."""
 
 
@@ -291,7 +291,7 @@ def draw_line(rng: np.random.Generator, not_of: set[str]) -> Line:
     """Something to be spoken in training. Speed is asked for most often, since its levels are the finest."""
     while True:
         kind = rng.choice(
-            ["speed", "mood", "language", "RAP", "singing", "none"], p=[0.4, 0.25, 0.15, 0.06, 0.08, 0.06]
+            ["speed", "mood", "language", "RAP", "singing", "none"], p=[0.5, 0.2, 0.12, 0.05, 0.07, 0.06]
         )
         name, level = _draw(rng, VOICES), int(rng.choice(LEVELS))
         text, language = _draw_text(rng, at_least=2 if kind in ("RAP", "singing") else 1)

@@ -168,6 +168,21 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
         example="stepaudio data check my.jsonl --text-tokenizer Step-Audio-TTS-3B/tokenizer.model",
     )
     check.add_argument("--sequence-length", type=int, metavar="N", help="longer ones are refused (default 4096)")
+    imported = _command(
+        actions,
+        "import",
+        _data_import,
+        "conversations of other formats (ShareGPT, OpenAI, Kimi-Audio, Step-Audio-EditX, Kaldi, Hugging Face)",
+        needs="a file or folder in one of the formats (docs/importing.md).",
+        example="stepaudio data import their.jsonl my.jsonl --from sharegpt",
+    )
+    add = imported.add_argument
+    formats = ("sharegpt", "openai", "kimi", "editx", "kaldi", "hf")
+    add("source", type=Path, metavar="SOURCE", help="file, Kaldi data directory, dataset, .parquet or hf:NAME:SPLIT")
+    add("output", type=Path, metavar="OUT", help="JSONL file to write")
+    add("--from", dest="format", choices=formats, help="its format (default: guessed)")
+    tasks = ("asr", "tts", "tqta", "aqta", "taqta", "aqaa", "edit", "tool", "role_play")
+    add("--task", choices=tasks, help="what the conversations teach, where the format leaves it open")
     for parser in (show, check):
         add = parser.add_argument
         add("file", type=Path, metavar="FILE", help="conversations")
@@ -359,6 +374,13 @@ def _data_check(options: argparse.Namespace) -> int:
     from stepaudio_train.commands.data import DataOptions, check
 
     return check(_typed(DataOptions, options))
+
+
+def _data_import(options: argparse.Namespace) -> int:
+    from stepaudio_train.data.importers.run import ImportOptions, import_conversations
+
+    print(import_conversations(_typed(ImportOptions, options)).summary(), end="")
+    return 0
 
 
 def _evaluate_answers(options: argparse.Namespace) -> int:

@@ -14,6 +14,9 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 ChatTemplate = Literal["tts", "chat"]
 AnswerLoss = Literal["last", "all"]
 ChatHistory = Literal["text", "audio"]
+ChatTask = Literal["asr", "tts", "tqta", "aqta", "taqta", "aqaa", "edit", "tool", "role_play"]
+"""What a conversation teaches (paper 5). Q and A are the last question and answer, T text and A audio; `edit` turns a
+recording into the same words said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class SftDataConfig(NamedByFile):
     """Which of a conversation's answers teach; the paper trains on the last one (5.2)."""
     history: ChatHistory = "text"
     """How earlier recordings of a dialogue go in: as their transcripts (paper 5.2.1), or as they are."""
+    task_weights: dict[ChatTask, float] = field(default_factory=dict)
+    """What a token of a task's answers counts, relative to the others' 1. Spoken answers have many more tokens than
+    written ones, so that these hardly count otherwise: `task_weights={aqta:10}`."""
     own_tags: tuple[str, ...] = ()
     """Instruction tags besides the paper's: `own_tags=[whisper,"breathy 1-5"]`, the second with levels."""
     speech_tokenizer: str | None = None

@@ -17,9 +17,9 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepaudio_train.config.sft import ChatTemplate
+from stepaudio_train.config.sft import ChatTask, ChatTemplate
 from stepaudio_train.data.prompts import ASR_PROMPT
-from stepaudio_train.data.records import AudioPart, ChatTask, Message, Part, Record, Role, TextPart, ToolCall
+from stepaudio_train.data.records import AudioPart, Message, Part, Record, Role, TextPart, ToolCall
 from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Special
 

@@ -6,13 +6,16 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.sft import SftConfig, SftDataConfig
 from stepaudio_train.data.batch import TASKS
+from stepaudio_train.data.chat import task_of
 from stepaudio_train.data.conversation_files import (
     ConversationFile,
     EncodedConversations,
@@ -47,7 +50,7 @@ class Conversations:
             "conversations": len(self.documents),
             "tasks": dict(Counter(TASKS[document.task] for document in self.documents).most_common()),
             "tokens": sum(len(document) for document in self.documents),
-            "tokens_with_loss": int(sum(document.loss_weights[1:].sum() for document in self.documents)),
+            "tokens_with_loss": sum(int((document.loss_weights[1:] > 0).sum()) for document in self.documents),
             "num_refused": len(self.refused),
             "refused": [asdict(refusal) for refusal in self.refused],
         }
@@ -110,7 +113,8 @@ def render_conversations(
             reason = f"has {len(document)} tokens; type training.sequence_length={len(document)} or more"
             refused.append(Refusal(where, reason))
             continue
-        documents.append(document)
+        weight = data.task_weights.get(task_of(sample.record), 1.0)
+        documents.append(replace(document, loss_weights=document.loss_weights * np.float32(weight)))
     refused.sort(key=lambda refusal: _line(refusal.name))
     if not documents:
         reasons_shown = "; ".join(f"{r.name}: {r.reason}" for r in refused[:3]) or "it is empty"

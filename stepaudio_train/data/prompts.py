@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stepaudio_train.data.records import AudioPart, ChatTask, Message, Part, Record, Role, TextPart
+from stepaudio_train.config.sft import ChatTask
+from stepaudio_train.data.records import AudioPart, Message, Part, Record, Role, TextPart
 from stepaudio_train.data.tags import AskedTag
 
 ASR_PROMPT = "请记录下你所听到的语音内容。"

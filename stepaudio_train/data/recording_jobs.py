@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RECORDINGS_PER_SHARD = 512
 """Of sources that are not cut into shards themselves."""
 HUB_PREFIX = "hf:"
-_TEXT_FIELDS = ("text", "transcript", "transcription", "sentence", "normalized_text")
+TEXT_FIELDS = ("text", "transcript", "transcription", "sentence", "normalized_text")
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 
 
@@ -136,11 +136,25 @@ def is_dataset(source: Path) -> bool:
 def open_dataset(source: str) -> Dataset:
     """A dataset whose column `audio` holds undecoded files; opened once a process.
 
+    Raises:
+        UserError: as `load_dataset`, or it has no column `audio`.
+    """
+    dataset = load_dataset(source)
+    if "audio" not in dataset.column_names:
+        raise UserError(f"{source}: has no column `audio`, but {', '.join(dataset.column_names)}")
+    import datasets
+
+    return dataset.cast_column("audio", datasets.Audio(decode=False))
+
+
+def load_dataset(source: str) -> Dataset:
+    """A dataset as it is.
+
     Args:
         source: a path, or hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT (the split is `train` if not given).
 
     Raises:
-        UserError: the library is missing, or the dataset cannot be read or has no column `audio`.
+        UserError: the library is missing, or the dataset cannot be read.
     """
     try:
         import datasets
@@ -152,19 +166,16 @@ def open_dataset(source: str) -> Dataset:
     try:
         if source.startswith(HUB_PREFIX):
             name, *rest = source.removeprefix(HUB_PREFIX).split(":")
-            dataset = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train")
-        elif path.suffix == ".parquet" or list(path.glob("*.parquet")):
+            return datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train")
+        if path.suffix == ".parquet" or list(path.glob("*.parquet")):
             files = [str(path)] if path.is_file() else [str(file) for file in sorted(path.glob("*.parquet"))]
-            dataset = datasets.load_dataset("parquet", data_files=files, split="train")
-        else:
-            dataset = datasets.load_from_disk(source)
+            return datasets.load_dataset("parquet", data_files=files, split="train")
+        dataset = datasets.load_from_disk(source)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{source}: cannot be read as a dataset: {error}") from error
     if isinstance(dataset, datasets.DatasetDict):
         raise UserError(f"{source}: has splits; give one of them: {', '.join(f'{source}/{name}' for name in dataset)}")
-    if "audio" not in dataset.column_names:
-        raise UserError(f"{source}: has no column `audio`, but {', '.join(dataset.column_names)}")
-    return dataset.cast_column("audio", datasets.Audio(decode=False))
+    return dataset
 
 
 def recording_jobs(source: Path) -> tuple[list[RecordingJob], list[Refused]]:
@@ -227,7 +238,7 @@ def _of_foreign_tar(stored: ShardSample, fields: dict[str, Any], where: str) -> 
 
 
 def _record_of_fields(id: str, fields: Mapping[str, Any]) -> Record:
-    text = next((str(fields[name]) for name in _TEXT_FIELDS if fields.get(name)), "")
+    text = next((str(fields[name]) for name in TEXT_FIELDS if fields.get(name)), "")
     speaker, language = (str(fields[name]) if fields.get(name) else None for name in ("speaker", "language"))
     part = AudioPart("0", text=re.sub(r"\s+", " ", text).strip() or None, speaker=speaker, language=language)
     return speech_record(id, part)

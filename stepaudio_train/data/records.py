@@ -19,15 +19,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.sft import ChatTask
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 Role = Literal["human", "assistant", "system", "tool", "tool_json_schemas"]
 """`tool` gives a tool's result; `tool_json_schemas` lists the tools, and is made of `Record.tools` (formats.md 2.4)."""
-
-ChatTask = Literal["asr", "tts", "tqta", "aqta", "taqta", "aqaa", "edit", "tool", "role_play"]
-"""What a conversation teaches (paper 5). Q and A are the last question and answer, T text and A audio; `edit` turns a
-recording into the same words said otherwise."""
 
 
 class RecordError(UserError):

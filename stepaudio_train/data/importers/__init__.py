@@ -1,0 +1,1 @@
+"""Conversations in other projects' formats -> records (docs/importing.md)."""
