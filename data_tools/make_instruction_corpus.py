@@ -89,7 +89,7 @@ PRONOUNCED |= {
 }
 
 
-NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 4000, 600, 1200, 2400
+NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 4400, 600, 2000, 2000
 """Conversations of each kind at scale 1, over all splits."""
 
 

@@ -47,7 +47,7 @@ MOST_JOINED = 4
 def main(config: QuickstartConfig) -> None:
     run = Path(config.run_dir)
     with exclusive(run):
-        parts = Parts(run, total=11 if config.corpus is None else 10)
+        parts = Parts(run, total=15 if config.corpus is None else 10)
         try:
             _run_all(config, run, parts)
         except UserError as error:
@@ -60,13 +60,13 @@ def _run_all(config: QuickstartConfig, run: Path, parts: Parts) -> None:
     source = _corpus(config, run, parts)
     _data(config, run, parts, stepaudio, source)
     _stages(config, run, parts, stepaudio)
-    if config.corpus is None:
-        _fine_tuning(config, run, parts, stepaudio)
     folders = {"model_dir": "stage3/export", "tokens": "tokens", "output": "evaluation"}
     settings = [f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()]
     parts.run("evaluate", [*stepaudio, "run", "evaluate", *settings])
     files = ["--records", str(_texts_to_speak(run)), "--output", f"{run}/samples/spoken.jsonl"]
     parts.run("generate", [*stepaudio, "generate", f"{run}/stage3", "--task", "tts", "--temperature", "0.7", *files])
+    if config.corpus is None:
+        _fine_tuning(config, run, parts, stepaudio)
     results = QuickstartResults.read(run, parts.seconds)
     write_atomically(run / "summary.json", json.dumps(results.summary(), indent=1).encode())
     report = write_quickstart_report(results)
@@ -160,6 +160,12 @@ def _fine_tuning(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: l
         f"data.epochs={config.sft_epochs:g}",
     ]
     parts.run("sft", [*stepaudio, "run", "sft", *settings, "--nproc", str(NUM_PROCESSES)])
+    held_out, answers = f"{run}/instructions/test.jsonl", f"{run}/answers"
+    reference = ["--output", answers, "--reference", f"{run}/instructions/train.jsonl"]
+    parts.run("answers", [*stepaudio, "evaluate", "answers", f"{run}/sft", held_out, *reference])
+    compared = [f"--{name}={answers}/{name}.jsonl" for name in ("reference", "truth")]
+    spoken = [f"{answers}/answers.jsonl", "--output", f"{run}/control"]
+    parts.run("control", [*stepaudio, "evaluate", "control", *spoken, *compared])
 
 
 def _moved(mapping: dict[str, Any], run: Path, prefix: str = "") -> list[str]:

@@ -215,6 +215,21 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")
 
+    control = _command(
+        actions,
+        "control",
+        _evaluate_control,
+        "does generated speech do what its instruction tags ask: speed, mood, language, melody, rhythm",
+        needs="spoken answers: those of `stepaudio evaluate answers`, or recordings with their tags (docs/control.md).",
+        example="stepaudio evaluate control runs/sft/answers/answers.jsonl --output runs/sft/control "
+        "--reference runs/sft/answers/reference.jsonl --truth runs/sft/answers/truth.jsonl",
+    )
+    add = control.add_argument
+    add("answers", type=Path, metavar="FILE", help="JSONL of spoken answers")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--reference", type=Path, metavar="FILE", help="spoken answers of the training, with recordings and codes")
+    add("--truth", type=Path, metavar="FILE", help="true recordings of what was asked for")
+
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser = _command(
@@ -263,6 +278,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights written (default: as they are)")
     add("--vocab-size", type=int, metavar="N", help="grow the vocabulary to N rows, or cut off padding behind them")
     add("--merge", type=Path, metavar="DIR", help="add these LoRA adapters to the weights")
+    add("--average", type=Path, nargs="+", metavar="DIR", help="write the mean of the weights of SRC and of these")
     add("--config", type=Path, metavar="DIR", help="folder with a config.json, for checkpoints that come without")
     add("--verify", action="store_true", help="compare every tensor bit for bit afterwards, and a forward pass")
     add("--check", type=Path, metavar="DIR", help="say what a Hugging Face directory lacks, and convert nothing")
@@ -387,6 +403,13 @@ def _evaluate_answers(options: argparse.Namespace) -> int:
     from stepaudio_train.commands.evaluate import AnswersOptions, evaluate_answers, summary
 
     print(summary(evaluate_answers(_typed(AnswersOptions, options))), end="")
+    return 0
+
+
+def _evaluate_control(options: argparse.Namespace) -> int:
+    from stepaudio_train.evaluation.control import ControlOptions, measure_control
+
+    print(measure_control(_typed(ControlOptions, options)).summary(), end="")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from stepaudio_train.config.compose import read_config
 from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.evaluation.control_report import control_section
 from stepaudio_train.training.page import (
     bar_chart,
     charts,
@@ -34,6 +35,44 @@ _SET_TITLES = {
 
 
 @dataclass(frozen=True)
+class FineTuningResults:
+    """What the parts of the fine-tuning have written, read back."""
+
+    metrics: Metrics
+    data: dict[str, Any]
+    """What was used of the conversations, and what was left out."""
+    answers: dict[str, Any]
+    """answers.json: scores of written answers."""
+    control: dict[str, Any]
+    """control.json: whether spoken answers do as their tags ask."""
+
+    @classmethod
+    def read(cls, run: Path) -> FineTuningResults:
+        """Raises OSError or ValueError if a part's output is not there."""
+        return cls(
+            metrics=read_metrics(run / "sft" / "metrics.jsonl"),
+            data=_read(run / "sft" / "data_report.json"),
+            answers=_read(run / "answers" / "answers.json"),
+            control=_read(run / "control" / "control.json"),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Percent, and a rank correlation from -1 to 1; each beside what a model that does not listen would get."""
+        scores, exchanged = self.answers["scores"], self.answers["scores_exchanged_audio"]
+        return {
+            "sft_asr_wer": round(scores["asr"]["wer"], 2),
+            "sft_asr_wer_shuffled_audio": round(exchanged["asr"]["wer"], 2),
+            "aqta_exact": round(scores["aqta"]["exact"], 2),
+            "aqta_exact_shuffled_audio": round(exchanged["aqta"]["exact"], 2),
+            "speed_control_spearman": round(self.control["speed_control_spearman"], 3),
+            "speed_control_spearman_permuted_tags": round(self.control["speed_control_spearman_permuted_tags"], 3),
+            "sft_tokens": int(self.metrics[-1]["tokens"]),
+            "sft_conversations": self.data["data"]["conversations"],
+            "sft_refused": self.data["data"]["num_refused"],
+        }
+
+
+@dataclass(frozen=True)
 class QuickstartResults:
     """Everything the parts of a quick start have written, read back."""
 
@@ -49,6 +88,8 @@ class QuickstartResults:
     prepared: dict[str, Any]
     tokenizer: dict[str, Any]
     """The tokenizer recipe's own summary."""
+    fine_tuning: FineTuningResults | None
+    """None where recordings were given: it takes synthesised ones, whose tags are true."""
 
     @classmethod
     def read(cls, run: Path, seconds: Mapping[str, float]) -> QuickstartResults:
@@ -70,6 +111,7 @@ class QuickstartResults:
             spoken=_read_lines(run / "samples" / "spoken.jsonl"),
             prepared=_read(run / "prepared" / "report.json"),
             tokenizer=_read(tokenizer) if tokenizer.is_file() else {},
+            fine_tuning=FineTuningResults.read(run) if (run / "sft").is_dir() else None,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -87,6 +129,7 @@ class QuickstartResults:
             },
             **{f"nll_{name}": round(nats, 4) for name, nats in likelihood["model"].items()},
             **{f"unigram_nll_{name}": round(nats, 4) for name, nats in likelihood["unigram"].items()},
+            **(self.fine_tuning.summary() if self.fine_tuning else {}),
             "tokens": int(self.metrics[STAGES[-1]][-1]["all_tokens"]),
             "tokens_per_stage": {stage: int(lines[-1]["tokens"]) for stage, lines in self.metrics.items()},
             "tokens_per_s": {stage: round(_median(lines, "tokens_per_s")) for stage, lines in self.metrics.items()},
@@ -102,6 +145,12 @@ class QuickstartResults:
         line = f"WER {found['asr_wer']:.1f}% on held-out recordings ({control:.0f}% with shuffled audio)"
         if found["asr_wer_heldout_speaker"] is not None:
             line += f", {found['asr_wer_heldout_speaker']:.1f}% for the speaker left out"
+        if self.fine_tuning is not None:
+            line += (
+                f"; fine-tuned: WER {found['sft_asr_wer']:.1f}%, spoken questions {found['aqta_exact']:.0f}% right "
+                f"({found['aqta_exact_shuffled_audio']:.0f}% with shuffled audio), speed as asked "
+                f"{found['speed_control_spearman']:.2f}"
+            )
         return f"{line}; {found['tokens']:,} tokens, {found['minutes']:.1f} minutes"
 
 
@@ -113,6 +162,7 @@ def write_quickstart_report(results: QuickstartResults) -> Path:
         _curves(results),
         _continuations(results),
         _spoken(results),
+        *([] if results.fine_tuning is None else _fine_tuning(results.fine_tuning)),
         _data(results),
         _time(results),
         _what_ran(results),
@@ -223,6 +273,50 @@ def _spoken(results: QuickstartResults) -> str:
     rows = [(line["id"], line["duration_s"], line["audio_tokens"][:120]) for line in results.spoken]
     head = ("text", "audio, s", "tokens (beginning)")
     return section("Text to speech tokens", table(head, rows)) if rows else ""
+
+
+def _fine_tuning(found: FineTuningResults) -> list[str]:
+    scores, exchanged = found.answers["scores"], found.answers["scores_exchanged_audio"]
+    rows = [
+        (
+            task,
+            one["num"],
+            one["wer"],
+            one["exact"],
+            *(exchanged.get(task, {}).get(key, "-") for key in ("wer", "exact")),
+        )
+        for task, one in scores.items()
+    ]
+    head = ("task", "answers", "WER, %", "exact, %", "WER, shuffled audio", "exact, shuffled audio")
+    shown = [
+        (task, example["id"], example["reference"], judged(example["reference"], example["answer"]))
+        for task, examples in found.answers["examples"].items()
+        for example in examples
+    ]
+    losses = [
+        ("Loss by task", task_keys(found.metrics)),
+        ("Held-out loss by task", task_keys(found.metrics, "val/loss/")),
+    ]
+    curves = [
+        line_chart(title, "tokens", "nats/token", series(found.metrics, keys, "tokens")) for title, keys in losses
+    ]
+    used = found.data["data"]
+    tasks = ", ".join(f"{count} {task}" for task, count in used["tasks"].items())
+    refused = table(("left out", "why"), [(r["name"], r["reason"]) for r in used["refused"][:20]])
+    return [
+        section(
+            "Fine-tuning on conversations",
+            table(head, rows),
+            charts(*curves),
+            "<h3>Written answers</h3>",
+            table(("task", "conversation", "expected", "answered"), shown),
+            refused if used["refused"] else "",
+            note=f"{used['conversations']} conversations ({tasks}), {used['num_refused']} left out. Shuffled audio: "
+            "the same conversations, each with the recording of another one of its task. asr writes down what is said, "
+            "aqta answers a spoken question.",
+        ),
+        control_section(found.control),
+    ]
 
 
 def _data(results: QuickstartResults) -> str:

@@ -2,75 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from torch import Tensor
 from tqdm import tqdm
 
-from stepaudio_train.audio.pitch import yin
+from stepaudio_train.audio.features import SAMPLE_RATE_HZ
 from stepaudio_train.audio.reading import read_audio
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.data.records import ChatTask
 from stepaudio_train.data.sources import Refusal
-from stepaudio_train.data.tags import AskedTag, TagVocabulary
+from stepaudio_train.data.tags import TAGS, AskedTag, TagVocabulary
+from stepaudio_train.evaluation.contours import FRAME_S, Contour
 from stepaudio_train.tokenizers.dual import GROUP_SAMPLES, SEMANTIC_PER_GROUP, audio_text_to_ids, split_streams
 from stepaudio_train.tokenizers.speech import SpeechTokens
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
-SAMPLE_RATE_HZ = 16000
-FRAME_S = 0.01
 SPOKEN_TASKS = ("tts", "edit")
 _GROUP_S = GROUP_SAMPLES / SAMPLE_RATE_HZ
-_CODES = Vocabulary(text_size=0)
-"""The paper's codebooks: `<audio_k>` is id k."""
-_SILENCE_POWER = 1e-10
-_LOUD_DB = 20.0
-"""How far under the loudest frame speech may lie, as in the released trimming of silence."""
-
-
-@dataclass(frozen=True, eq=False)
-class Contour:
-    """Pitch and loudness of a stretch of speech."""
-
-    f0_hz: NDArray[np.float32]
-    """[frames]; 0 where there is no voice."""
-    level_db: NDArray[np.float32]
-    """[frames]; of full scale."""
-    frame_s: float
-
-    @classmethod
-    def of(cls, waveform: Tensor, frame_s: float = FRAME_S) -> Contour:
-        """From [samples] at 16 kHz. Frames do not overlap; a last one that is not whole is dropped."""
-        f0_hz, hop = yin(waveform, SAMPLE_RATE_HZ, frame_s)
-        power = F.pad(waveform, (0, hop)).unfold(0, hop, hop)[: len(f0_hz)].square().mean(dim=1)
-        level_db = 10 * power.clamp(min=_SILENCE_POWER).log10()
-        return cls(f0_hz.numpy(), level_db.numpy(), frame_s)
-
-    @cached_property
-    def loud(self) -> NDArray[np.bool_]:
-        """[frames]: within 20 dB of the loudest."""
-        return self.level_db > self.level_db.max(initial=-np.inf) - _LOUD_DB
-
-    @property
-    def loud_s(self) -> float:
-        """From the first loud frame to the last."""
-        places = np.flatnonzero(self.loud)
-        return float(places[-1] - places[0] + 1) * self.frame_s if len(places) else 0.0
-
-    @cached_property
-    def semitones(self) -> NDArray[np.float64]:
-        """[frames]: pitch over 1 Hz; nan where there is no voice."""
-        with np.errstate(divide="ignore"):
-            return np.where(self.f0_hz > 0, 12 * np.log2(self.f0_hz), np.nan)
+CODEBOOKS = Vocabulary(text_size=0)
+"""The paper's sizes; `<audio_k>` is id k."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +34,13 @@ class SpokenAnswer:
     """A text that was spoken, what was asked of the speech, and what is known of it."""
 
     id: str
-    task: str
+    task: ChatTask
     text: str
     duration_s: float
     """Of the loud part of the recording, or else of the tokens."""
     tags: tuple[AskedTag, ...] = ()
     language: str | None = None
+    """That asked for, or else the text's; by the English name of its tag, if it has one."""
     speaker: str | None = None
     notes: tuple[float, ...] = ()
     """The melody asked for, a number a word."""
@@ -96,6 +53,11 @@ class SpokenAnswer:
     def asks_for(self, name: str) -> bool:
         """Whether the tag of that English name is asked for, and no other one."""
         return len(self.tags) == 1 and self.tags[0].tag.english == name
+
+    @property
+    def asked_language(self) -> str | None:
+        """The English name of the only tag, if that is a language."""
+        return self.tags[0].tag.english if len(self.tags) == 1 and self.tags[0].tag.kind == "language" else None
 
     def level(self, signs: Mapping[str, int]) -> int | None:
         """The level of the only tag times its sign, 0 without a tag; None for other tags, several, or no level.
@@ -125,8 +87,8 @@ class _Line:
 
     __pydantic_config__ = ConfigDict(extra="ignore")
 
-    text: str
-    task: str = "tts"
+    task: ChatTask = "tts"
+    text: str = ""
     id: str | None = None
     tags: tuple[str, ...] = ()
     language: str | None = None
@@ -134,6 +96,16 @@ class _Line:
     audio: str | None = None
     audio_tokens: str | None = None
     notes: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = ()
+
+
+_LANGUAGES = {
+    **{spelling: tag.english for tag in TAGS if tag.kind == "language" for spelling in tag.spellings()},
+    "zh": "Chinese",
+    "en": "English",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "yue": "Cantonese",
+}
 
 
 class _Unusable(UserError):
@@ -190,12 +162,14 @@ def _read(line: bytes, where: str, folder: Path, frame_s: float) -> SpokenAnswer
         raise _Unusable(f"{place}: {problem['msg']}") from error
     if found.task not in SPOKEN_TASKS:
         return None
+    if not found.text:
+        raise _Unusable("text: must say what is spoken")
     vocabulary = TagVocabulary()
     tags = tuple(asked for tag in found.tags for asked in vocabulary.parse(f"({tag})")[0])
     tokens = _tokens(found.audio_tokens) if found.audio_tokens else None
     sound = Contour.of(read_audio(folder / found.audio, SAMPLE_RATE_HZ), frame_s) if found.audio else None
     if sound is not None and not sound.loud_s:
-        raise _Unusable(f"{found.audio}: shorter than a frame of {frame_s} s")
+        raise _Unusable(f"{found.audio}: silent, or shorter than {frame_s} s")
     if sound is None and tokens is None:
         raise _Unusable("holds no speech: neither audio nor audio_tokens")
     return SpokenAnswer(
@@ -204,7 +178,7 @@ def _read(line: bytes, where: str, folder: Path, frame_s: float) -> SpokenAnswer
         text=found.text,
         duration_s=tokens_duration_s(tokens) if sound is None else sound.loud_s,
         tags=tags,
-        language=found.language,
+        language=_language(tags, found.language),
         speaker=found.speaker,
         notes=found.notes,
         tokens=tokens,
@@ -212,9 +186,14 @@ def _read(line: bytes, where: str, folder: Path, frame_s: float) -> SpokenAnswer
     )
 
 
+def _language(tags: Iterable[AskedTag], told: str | None) -> str | None:
+    asked = (one.tag.english for one in tags if one.tag.kind == "language")
+    return next(asked, _LANGUAGES.get(told.lower(), told) if told else None)
+
+
 def _tokens(text: str) -> SpeechTokens:
     try:
-        linguistic, semantic = split_streams(audio_text_to_ids(text, _CODES), _CODES)
+        linguistic, semantic = split_streams(audio_text_to_ids(text, CODEBOOKS), CODEBOOKS)
     except ValueError as error:
         raise _Unusable(f"audio_tokens: {error}") from error
     if not len(semantic):
