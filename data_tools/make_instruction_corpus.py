@@ -62,8 +62,10 @@ DIGITS = {
 NEUTRAL_RATE_WPM, NEUTRAL_PITCH, NEUTRAL_RANGE = 140, 50, 50
 FASTER, SLOWER = 1.16, 1.12
 """Of the speaking rate, a level."""
-MELODY = (20, 50, 80, 50, 20)
-"""Pitch of each sung word, of espeak's 0-99: a tune that goes up and comes down."""
+MELODIES = {"English": (20, 50, 80, 50, 20, 50), "Chinese": (80, 50, 20, 50, 80, 50)}
+"""Pitch of each sung word, of espeak's 0-99: one tune rises first, the other falls."""
+CHANTED_WORDS = 4
+"""At least, in songs and RAP: a tune and a rhythm need some length."""
 SUNG_RATE_WPM, RAP_RATE_WPM = 100, 220
 BEAT_S = 0.36
 PAUSE_S = (0.04, 0.06)
@@ -152,7 +154,7 @@ class Studio:
         spoken = Utterance(text, code, f"{LANGUAGES[language]}+{VOICES[name]}", *delivery(asked))
         style = "" if asked is None else asked.tag.english
         if style == "singing":
-            notes = _notes(len(spoken.words))
+            notes = _notes(len(spoken.words), language)
             sung = [self._alone(spoken, w, SUNG_RATE_WPM, note) for w, note in zip(spoken.words, notes, strict=True)]
             speech = np.concatenate(sung)
         elif style == "RAP":
@@ -273,12 +275,12 @@ def control_grid(rng: np.random.Generator) -> list[Line]:
     """What the test split speaks: every text of a kind with every tag of that kind, so that tags alone differ."""
     moods = [_asked(mood, level) for mood in ("happy", "sad", "angry") for level in LEVELS]
     speeds = [None, *(_asked(speed, level) for speed in ("fast", "slow") for level in LEVELS)]
-    kinds: list[tuple[int, list[AskedTag | None]]] = [(12, speeds), (8, [None, *moods])]
-    kinds += [(12, [_asked(style)]) for style in ("singing", "RAP")]
+    kinds: list[tuple[int, int, list[AskedTag | None]]] = [(12, 2, speeds), (8, 2, [None, *moods])]
+    kinds += [(12, CHANTED_WORDS, [None, _asked(style)]) for style in ("singing", "RAP")]
     grid: list[Line] = []
-    for num_texts, tags in kinds:
+    for num_texts, num_words, tags in kinds:
         for _ in range(num_texts):
-            text, language = _draw_text(rng, at_least=2)
+            text, language = _draw_text(rng, num_words)
             name = _draw(rng, VOICES)
             grid += [(text, language, name, asked) for asked in tags]
     for _ in range(10):
@@ -290,11 +292,9 @@ def control_grid(rng: np.random.Generator) -> list[Line]:
 def draw_line(rng: np.random.Generator, not_of: set[str]) -> Line:
     """Something to be spoken in training. Speed is asked for most often, since its levels are the finest."""
     while True:
-        kind = rng.choice(
-            ["speed", "mood", "language", "RAP", "singing", "none"], p=[0.5, 0.2, 0.12, 0.05, 0.07, 0.06]
-        )
+        kind = rng.choice(["speed", "mood", "language", "RAP", "singing", "none"], p=[0.5, 0.2, 0.12, 0.05, 0.07, 0.06])
         name, level = _draw(rng, VOICES), int(rng.choice(LEVELS))
-        text, language = _draw_text(rng, at_least=2 if kind in ("RAP", "singing") else 1)
+        text, language = _draw_text(rng, at_least=CHANTED_WORDS if kind in ("RAP", "singing") else 1)
         asked = None
         if kind == "language":
             language, text = _draw(rng, LANGUAGES), _draw_digits(rng)
@@ -360,12 +360,13 @@ def _meta(text: str, language: str, name: str, asked: AskedTag | None) -> dict[s
     if asked is not None:
         meta["tags"] = [asked.spell("en")]
         if asked.tag.english == "singing":
-            meta["notes"] = _notes(len(_words(text, language)))
+            meta["notes"] = _notes(len(_words(text, language)), language)
     return meta
 
 
-def _notes(num_words: int) -> list[int]:
-    return [MELODY[number % len(MELODY)] for number in range(num_words)]
+def _notes(num_words: int, language: str) -> list[int]:
+    melody = MELODIES[language]
+    return [melody[number % len(melody)] for number in range(num_words)]
 
 
 def _words(text: str, language: str) -> list[str]:
@@ -386,10 +387,13 @@ def _draw(rng: np.random.Generator, choices: Iterable[str]) -> str:
 
 
 def _draw_text(rng: np.random.Generator, at_least: int) -> tuple[str, str]:
-    while True:
-        utterance = draw_utterance(rng)
-        if len(utterance.words) >= at_least:
-            return utterance.text, "English" if utterance.language == "en" else "Chinese"
+    """(text, language) of one utterance, or of as many as it takes for so many words."""
+    first = draw_utterance(rng)
+    words = first.words
+    while len(words) < at_least:
+        following = draw_utterance(rng)
+        words += following.words if following.language == first.language else []
+    return (" ".join(words), "English") if first.language == "en" else ("".join(words), "Chinese")
 
 
 def _draw_digits(rng: np.random.Generator) -> str:

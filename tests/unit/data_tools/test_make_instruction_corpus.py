@@ -91,12 +91,15 @@ def test_faster_levels_are_shorter(corpus, splits):
 def test_sung_words_follow_the_tune(corpus, splits):
     sung = [record for record in splits["test"] if record.meta.get("tags") == ["singing"]]
     assert sung
+    assert len({tuple(record.meta["notes"][:3]) for record in sung}) == 2  # both tunes
     for record in sung:
-        assert len(record.meta["notes"]) >= 2
+        notes = record.meta["notes"]
+        assert len(notes) >= 4
         wave, rate = soundfile.read(corpus / record.audio_parts()[-1].audio)
-        pieces = np.array_split(wave[int(0.05 * rate) : -int(0.05 * rate)], len(record.meta["notes"]))
-        low, high = (_pitch_hz(piece, rate) for piece in pieces[:2])
-        assert high > 1.1 * low  # the tune's second note is above its first
+        pieces = np.array_split(wave[int(0.05 * rate) : -int(0.05 * rate)], len(notes))
+        heard_hz = [_pitch_hz(piece, rate) for piece in pieces]
+        # Words are not of one length, so that the parts blur a little.
+        assert np.corrcoef(notes, np.log(heard_hz))[0, 1] > 0.6
 
 
 def test_chanted_words_start_on_beats(corpus, splits):
