@@ -80,11 +80,6 @@ LENGTH_SHARES = (0.45, 0.35, 0.2)
 RATE_WPM = (105, 175)
 PITCH = (30, 70)
 """Of espeak's 0-99."""
-PAUSE_S = (0.05, 0.15)
-"""Silence before and after the speech."""
-NOISE_DB = (-70.0, -50.0)
-"""Level of the noise under a recording, relative to full scale."""
-PEAK = (0.3, 0.9)
 
 
 @dataclass(frozen=True)
@@ -188,13 +183,27 @@ def draw_utterance(rng: np.random.Generator) -> Utterance:
     )
 
 
+@dataclass(frozen=True)
+class Room:
+    """How speech is recorded; each value is drawn between two."""
+
+    pause_s: tuple[float, float] = (0.05, 0.15)
+    """Silence before and after the speech."""
+    noise_db: tuple[float, float] = (-70.0, -50.0)
+    """Level of the noise under a recording, relative to full scale."""
+    peak: tuple[float, float] = (0.3, 0.9)
+
+
+NOISY_ROOM = Room()
+
+
 def record(
-    speech: np.ndarray, sample_rate_hz: int, rng: np.random.Generator, pause_s: tuple[float, float] = PAUSE_S
+    speech: np.ndarray, sample_rate_hz: int, rng: np.random.Generator, room: Room = NOISY_ROOM
 ) -> tuple[np.ndarray, int]:
     """Speech as recorded: [samples] float32 with silence around it, a level and noise, and where the speech starts."""
-    before, after = (int(rng.uniform(*pause_s) * sample_rate_hz) for _ in range(2))
-    wave = np.pad(speech * (rng.uniform(*PEAK) / max(np.abs(speech).max(), 1e-4)), (before, after))
-    noise = rng.standard_normal(wave.size) * 10 ** (rng.uniform(*NOISE_DB) / 20)
+    before, after = (int(rng.uniform(*room.pause_s) * sample_rate_hz) for _ in range(2))
+    wave = np.pad(speech * (rng.uniform(*room.peak) / max(np.abs(speech).max(), 1e-4)), (before, after))
+    noise = rng.standard_normal(wave.size) * 10 ** (rng.uniform(*room.noise_db) / 20)
     return (wave + noise).clip(-1, 1).astype(np.float32), before
 
 

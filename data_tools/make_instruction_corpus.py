@@ -36,11 +36,13 @@ from tqdm import tqdm
 from data_tools.make_corpus import (
     ENGLISH,
     MANDARIN,
+    NOISY_ROOM,
     PITCH,
     PRONOUNCED,
     RATE_WPM,
     SPEAKERS,
     Espeak,
+    Room,
     Utterance,
     draw_utterance,
     record,
@@ -68,7 +70,8 @@ CHANTED_WORDS = 4
 """At least, in songs and RAP: a tune and a rhythm need some length."""
 SUNG_RATE_WPM, RAP_RATE_WPM = 100, 220
 BEAT_S = 0.36
-PAUSE_S = (0.04, 0.06)
+STUDIO = Room(pause_s=(0.04, 0.06), noise_db=(-72.0, -70.0), peak=(0.6, 0.6))
+"""Where what is to be imitated is recorded: of a noise there is nothing to learn."""
 NUMBERS = {"en": ENGLISH[:10], "zh": tuple(MANDARIN)[:10]}
 CHANGES: dict[str, tuple[EditKind, str]] = {
     "fast": ("speed", "faster"),
@@ -146,7 +149,7 @@ class Studio:
     def plain(self, utterance: Utterance) -> AudioPart:
         """A recording with pauses and noise as in `make_corpus`."""
         speech, _ = self._espeak.synthesise(utterance)
-        return self._write(speech, utterance, {"en": "English", "zh": "Chinese"}[utterance.language], None)
+        return self._write(speech, utterance, {"en": "English", "zh": "Chinese"}[utterance.language], NOISY_ROOM)
 
     def styled(self, text: str, name: str, language: str, asked: AskedTag | None) -> AudioPart:
         """A voice's recording of a text, spoken as a tag asks for."""
@@ -161,7 +164,7 @@ class Studio:
             speech = self._on_beats([self._alone(spoken, word, RAP_RATE_WPM, 35) for word in spoken.words])
         else:
             speech, _ = self._espeak.synthesise(spoken)
-        return self._write(speech, replace(spoken, speaker=name), language, PAUSE_S)
+        return self._write(speech, replace(spoken, speaker=name), language, STUDIO)
 
     def _alone(self, utterance: Utterance, word: str, rate_wpm: int, pitch: int) -> np.ndarray:
         """One word, monotone, without the silence around it."""
@@ -179,11 +182,9 @@ class Studio:
             chant[start : start + len(word)] = word
         return chant
 
-    def _write(
-        self, speech: np.ndarray, said: Utterance, language: str, pause_s: tuple[float, float] | None
-    ) -> AudioPart:
+    def _write(self, speech: np.ndarray, said: Utterance, language: str, room: Room) -> AudioPart:
         rate = self._espeak.sample_rate_hz
-        wave, _ = record(speech, rate, self._rng, *([] if pause_s is None else [pause_s]))
+        wave, _ = record(speech, rate, self._rng, room)
         name = f"wav/{self._number:06d}.wav"
         self._number += 1
         soundfile.write(self._directory / name, wave, rate, subtype="PCM_16")

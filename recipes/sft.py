@@ -15,6 +15,8 @@ from stepaudio_train.data.conversations import load_conversations, write_report
 from stepaudio_train.data.sft_loader import SftLoader, validation_batches
 from stepaudio_train.engines.build import build_engine
 from stepaudio_train.objectives.language_modelling import LanguageModelling
+from stepaudio_train.rollout.samples import SampleWriter, first_exchanges
+from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 from stepaudio_train.training.loggers import log_to_file
 from stepaudio_train.training.loop import fit
@@ -46,7 +48,12 @@ def main(config: SftConfig) -> None:
             write_report(found, run.path / "data_report.json")
             save_config(config, run.config_file)
             log.info("%d steps of %d rows", config.training.max_steps, training.global_batch_rows)
-        finished = fit(config, engine, loader, LanguageModelling(vocabulary), run, validation)
+        sampler = None
+        if training.sample_every:
+            exchanges = first_exchanges(found.get("validation", found["data"]).documents, training.num_samples)
+            tokenizer = TextTokenizer.from_file(str(config.vocabulary.text_tokenizer))
+            sampler = SampleWriter(exchanges, training.sample_every, run.path / "samples", tokenizer, vocabulary)
+        finished = fit(config, engine, loader, LanguageModelling(vocabulary), run, validation, sampler)
         log.info("%s: %s", "finished" if finished else "stopped; the same command goes on from here", run.path)
     finally:
         engine.close()

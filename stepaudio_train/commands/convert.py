@@ -15,7 +15,7 @@ import torch
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.schema import Step1Config
 from stepaudio_train.convert.adapters import MergedAdapters
-from stepaudio_train.convert.changes import CastWeights, ResizedVocabulary
+from stepaudio_train.convert.changes import AveragedWeights, CastWeights, ResizedVocabulary
 from stepaudio_train.convert.check import check_directory
 from stepaudio_train.convert.companions import ModelCard, write_companions
 from stepaudio_train.convert.conversion import Destination, convert
@@ -45,6 +45,8 @@ class ConvertOptions:
     """Rows of the embedding and head that come out. None: as many as go in."""
     merge: Path | None = None
     """Folder of LoRA adapters to add to the weights."""
+    average: tuple[Path, ...] = ()
+    """Models of the same sizes, in any format: what is converted is the mean of the source and these."""
     config: Path | None = None
     """Folder with a config.json, for checkpoints that come without."""
     verify: bool = False
@@ -61,8 +63,11 @@ def run_conversion(options: ConvertOptions) -> int:
         return _check(options.check)
     if options.source is None or options.destination is None or options.to is None:
         raise ConfigError(["type SRC DST --to hf, megatron, deepspeed or plain; or --check DIR"])
-    source = open_source(options.source, options.config, prefer_masters=options.dtype == "float32")
-    reader, model = _changed(source, options)
+    source, *others = (
+        open_source(path, options.config, prefer_masters=options.dtype == "float32")
+        for path in (options.source, *options.average)
+    )
+    reader, model = _changed(source, others, options)
     destination = Destination(
         options.destination,
         options.to,
@@ -73,7 +78,7 @@ def run_conversion(options: ConvertOptions) -> int:
     if problems:
         raise ConfigError(problems)
     changes = (options.vocab_size, options.merge, options.config)
-    origin = f"{source.path.resolve()} {_fingerprint(source.path)} {changes}"
+    origin = " ".join(f"{s.path.resolve()} {_fingerprint(s.path)}" for s in (source, *others)) + f" {changes}"
     beside = _companions(source, model, reader.dtype)
     done = convert(reader, model, destination, beside, origin, progress=sys.stderr.isatty())
     rate = done.num_bytes / max(done.seconds, 1e-9) / 1e9
@@ -91,8 +96,8 @@ def run_conversion(options: ConvertOptions) -> int:
     return 0
 
 
-def _changed(source: Source, options: ConvertOptions) -> tuple[WeightReader, Step1Config]:
-    """The source's weights with everything done to them that was asked for."""
+def _changed(source: Source, others: list[Source], options: ConvertOptions) -> tuple[WeightReader, Step1Config]:
+    """The source's weights with everything done to them that was asked for; `others` go into their mean."""
     reader, model = source.reader, source.model
     if reader.dtype == torch.float16 and options.dtype is None:
         raise UserError(
@@ -100,6 +105,8 @@ def _changed(source: Source, options: ConvertOptions) -> tuple[WeightReader, Ste
             "into unrounded; type --dtype bfloat16 or --dtype float32"
         )
     dtype = _DTYPES[options.dtype] if options.dtype else _natural_dtype(source)
+    if others:
+        reader = AveragedWeights([source, *others])
     if options.merge is not None:
         reader = MergedAdapters(reader, options.merge)
     if options.vocab_size is not None and options.vocab_size != model.vocab_size:

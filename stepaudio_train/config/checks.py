@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import get_args
 
-from stepaudio_train.config.schema import DataConfig, EngineConfig, PretrainConfig, RunConfig
-from stepaudio_train.config.sft import SftConfig, with_text_tokenizer
+from stepaudio_train.config.schema import DataConfig, EngineConfig, PretrainConfig, RunConfig, Task
+from stepaudio_train.config.sft import ChatTask, SftConfig, with_text_tokenizer
 
 
 def pretrain_problems(config: PretrainConfig) -> list[str]:
@@ -17,7 +18,7 @@ def pretrain_problems(config: PretrainConfig) -> list[str]:
     problems += _data_problems("data", config.data, config)
     if config.validation is not None:
         problems += _data_problems("validation", config.validation, config)
-    return problems + training_problems(config)
+    return problems + training_problems(config) + _early_stop_problems(config)
 
 
 def sft_problems(config: SftConfig) -> list[str]:
@@ -38,7 +39,12 @@ def sft_problems(config: SftConfig) -> list[str]:
         problems.append("model.init: fine-tuning goes on from trained weights; type model.init=DIR")
     elif Path(config.model.init).is_dir():
         problems += _text_tokenizer_problems(with_text_tokenizer(config))
-    return problems + training_problems(config)
+    if config.training.sample_every < 0 or config.training.num_samples < 1:
+        problems.append(
+            f"training.sample_every={config.training.sample_every}, num_samples={config.training.num_samples}: must be "
+            "at least 0 and 1; type training.sample_every=0 for no samples"
+        )
+    return problems + training_problems(config) + _early_stop_problems(config)
 
 
 def layout_problems(config: RunConfig, world_size: int) -> list[str]:
@@ -247,4 +253,24 @@ def training_problems(config: RunConfig) -> list[str]:
     ]
     if config.model.init is not None and not Path(config.model.init).is_dir():
         problems.append(f"model.init={config.model.init}: no such folder")
+    return problems
+
+
+def _early_stop_problems(config: PretrainConfig | SftConfig) -> list[str]:
+    early_stop, problems = config.training.early_stop, []
+    if early_stop is None:
+        return []
+    if config.validation is None:
+        given = "validation=FILE.jsonl" if isinstance(config, SftConfig) else "validation.blend, as in data.blend"
+        problems.append(f"training.early_stop: needs held-out data; type {given}")
+    if config.training.eval_every < 1:
+        problems.append("training.early_stop: needs evaluations on the way; type training.eval_every=STEPS")
+    if early_stop.patience < 1:
+        problems.append(f"training.early_stop.patience={early_stop.patience}: must be at least 1")
+    if not 0 <= early_stop.min_delta < math.inf:
+        problems.append(f"training.early_stop.min_delta={early_stop.min_delta}: must be 0 or more")
+    known = [f"val/loss/task/{task}" for task in dict.fromkeys((*get_args(Task), *get_args(ChatTask)))]
+    known = ["val/loss", "val/loss/text", "val/loss/linguistic", "val/loss/semantic", *known]
+    if early_stop.metric not in known:
+        problems.append(f"training.early_stop.metric={early_stop.metric}: must be one of {', '.join(known)}")
     return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -28,6 +29,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in a run's `checkpoints/`."""
     complete = complete_checkpoints(folder)
     return complete[-1] if complete else None
+
+
+def result_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint in a run's `checkpoints/` whose weights are the run's: the best one with training.early_stop, the
+    newest otherwise."""
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        return None
+    best = json.loads((newest / "state.json").read_text(encoding="utf-8")).get("best")
+    return newest if best is None else folder / f"step_{best['step']:08d}"
 
 
 def _folder(name: str) -> Path:

@@ -10,7 +10,7 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Recordings in, a pretrained model and a report out, on two processes."""
+    """Recordings in, a pretrained and fine-tuned model and a report out, on two processes."""
 
     __pydantic_config__ = _STRICT
 
@@ -38,7 +38,7 @@ class QuickstartConfig:
     """The third stage is where the model learns to recognise and to speak."""
     sft_epochs: float = 4.0
     """How often fine-tuning goes through the conversations."""
-    minutes: float = 12.0
+    minutes: float = 25.0
     """What all parts together may take. If the machine is too slow for that, stage 3 gets fewer steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there are two devices, one for each process."""

@@ -169,6 +169,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class EarlyStopConfig:
+    """End when held-out data stops getting better, with the best weights instead of the last."""
+
+    __pydantic_config__ = _STRICT
+
+    metric: str = "val/loss"
+    """Which of metrics.jsonl's held-out losses; lower is better."""
+    patience: int = 3
+    """Evaluations in a row that are no better than the best one before the run ends."""
+    min_delta: float = 0.0
+    """Better means lower by more than this, in nats a token."""
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Sizes of the batch, length of the run, and what is written when."""
 
@@ -191,6 +205,8 @@ class TrainingConfig:
     eval_every: int = 0
     """Steps between evaluations on `validation`; 0 evaluates only at the end, if there is any validation data."""
     eval_batches: int = 4
+    early_stop: EarlyStopConfig | None = None
+    """`training.early_stop.patience=3` turns it on; the best checkpoint is then kept besides the newest ones."""
     export_hf: bool = True
     """Write `export/` in Hugging Face layout at the end of the run."""
 

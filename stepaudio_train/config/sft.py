@@ -53,6 +53,10 @@ class SftTrainingConfig(TrainingConfig):
     """0: as many as data.epochs takes."""
     sequence_length: int = 4096
     micro_batch_rows: int = 1
+    sample_every: int = 0
+    """Steps between answers to held-out conversations, written to `samples/`; also at the end. 0: none."""
+    num_samples: int = 4
+    """How many conversations are answered: the first ones of `validation`, or of `data` where there is none."""
 
 
 def _paper_optimizer() -> OptimizerConfig:

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from stepaudio_train.config.compose import from_mapping
-from stepaudio_train.config.paths import latest_checkpoint
+from stepaudio_train.config.paths import result_checkpoint
 from stepaudio_train.config.schema import ModelConfig, Step1Config
 from stepaudio_train.convert.deepspeed_files import DeepSpeedCheckpoint, find_tag
 from stepaudio_train.convert.huggingface_files import SafetensorsWeights
@@ -104,11 +104,11 @@ def open_source(path: Path, config_dir: Path | None = None, prefer_masters: bool
 
 
 def _open_run(run: Path, prefer_masters: bool) -> Source:
-    """The newest checkpoint of a run; its export where the checkpoints hold adapters alone."""
+    """The newest checkpoint of a run, with training.early_stop its best; its export where they hold adapters alone."""
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    newest = latest_checkpoint(run / "checkpoints")
-    if newest is not None and not settings.get("lora"):
-        return _open_checkpoint(newest, run / "config.yaml", prefer_masters)
+    checkpoint = result_checkpoint(run / "checkpoints")
+    if checkpoint is not None and not settings.get("lora"):
+        return _open_checkpoint(checkpoint, run / "config.yaml", prefer_masters)
     if (run / "export" / "config.json").is_file():
         return open_source(run / "export")
     raise WeightError(f"{run}: holds neither a complete checkpoint nor export/; let the run reach one")

@@ -13,7 +13,8 @@ from stepaudio_train.tokenizers.vocabulary import Modality, Vocabulary
 class LanguageModelling:
     """Weighted negative log-likelihood of the targets, in nats.
 
-    Metrics, each a sum and its weight: `loss/text`, `loss/linguistic`, `loss/semantic`, and `loss/task/<task>`.
+    Metrics, each a sum and its weight: `loss`, of all; `loss/text`, `loss/linguistic`, `loss/semantic`; and
+    `loss/task/<task>`.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -23,7 +24,7 @@ class LanguageModelling:
         weights = batch.loss_weights
         losses = -outputs.log_probs * weights
         detached = losses.detach()
-        metrics: dict[str, Tensor] = {}
+        metrics = {"loss": torch.stack([detached.sum(), weights.sum()])}
         modalities = self.vocabulary.modality(batch.targets)
         for modality in Modality:
             chosen = modalities == modality

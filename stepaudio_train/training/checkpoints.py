@@ -14,6 +14,7 @@ from stepaudio_train.config.paths import complete_checkpoints, latest_checkpoint
 from stepaudio_train.data.loader import TrainLoader
 from stepaudio_train.engines.base import Engine
 from stepaudio_train.models.step1.lora import adapter_shapes
+from stepaudio_train.training.early_stop import Best
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class TrainingState:
     """Tokens seen by the model, padding not counted."""
     elapsed_s: float
     engine: str
+    best: Best | None = None
+    """With training.early_stop: its checkpoint is there for as long as this one."""
 
 
 class Checkpoints:
@@ -49,7 +52,7 @@ class Checkpoints:
             CheckpointError: the disk is full or a file could not be written.
         """
         self.settle(wait=True)
-        target = self._folder / f"step_{state.step:08d}"
+        target = self._place(state.step)
         if target.is_dir():
             return
         partial = target.with_suffix(".partial")
@@ -95,8 +98,10 @@ class Checkpoints:
             partial = target.with_suffix(".partial")
             (partial / _STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
             partial.rename(target)
+            best = self._place(state.best.step) if state.best is not None else None
             for old in complete_checkpoints(self._folder)[: -self._keep]:
-                shutil.rmtree(old)
+                if old != best:
+                    shutil.rmtree(old)
             log.info("saved %s", target)
         self._engine.barrier()
 
@@ -115,9 +120,27 @@ class Checkpoints:
         self._loader.load(newest / "loader")
         return state
 
+    def return_to(self, step: int) -> None:
+        """Load the engine, not the loader, as it was at `step`; every rank calls it.
+
+        Raises:
+            CheckpointError: that checkpoint is gone.
+        """
+        checkpoint = self._place(step)
+        if not checkpoint.is_dir():
+            raise CheckpointError(
+                f"{checkpoint}: held the run's best weights and is gone; put it back, or type training.early_stop=null"
+            )
+        self._engine.load(checkpoint / "engine")
+
+    def _place(self, step: int) -> Path:
+        return self._folder / f"step_{step:08d}"
+
 
 def read_state(checkpoint: Path) -> TrainingState:
-    return TrainingState(**json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
+    fields = json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+    best = fields.pop("best", None)
+    return TrainingState(**fields, best=Best(**best) if best is not None else None)
 
 
 def require_same_engine(checkpoint: Path, state: TrainingState, engine: str) -> None:

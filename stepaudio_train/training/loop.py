@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.models.step1.lora import write_adapters
 from stepaudio_train.objectives.base import Objective
 from stepaudio_train.training.checkpoints import Checkpoints, TrainingState
+from stepaudio_train.training.early_stop import Best, EarlyStop
 from stepaudio_train.training.loggers import MetricsLogger
 from stepaudio_train.training.report import read_metrics, write_run_report
 from stepaudio_train.training.run_directory import RunDirectory
@@ -31,6 +33,16 @@ from stepaudio_train.training.weights import export, initialise
 log = logging.getLogger(__name__)
 
 
+class Sampler(Protocol):
+    """Shows what the model says while it learns."""
+
+    @property
+    def every_steps(self) -> int: ...
+
+    def __call__(self, engine: Engine, step: int) -> None:
+        """Every rank calls it, with the weights as they are after `step`."""
+
+
 def fit(
     config: RunConfig,
     engine: Engine,
@@ -38,8 +50,10 @@ def fit(
     objective: Objective,
     run: RunDirectory,
     validation: Sequence[TokenBatch] = (),
+    sampler: Sampler | None = None,
 ) -> bool:
-    """Train to `training.max_steps`, going on from the run's newest checkpoint if there is one.
+    """Train to `training.max_steps`, or until `training.early_stop` ends it, going on from the run's newest checkpoint
+    if there is one.
 
     Returns:
         False if SIGTERM ended it early: a checkpoint was saved, the same command goes on from it.
@@ -50,19 +64,11 @@ def fit(
     """
     training = config.training
     checkpoints = Checkpoints(run.checkpoints, engine, loader, training.keep_checkpoints)
-    if config.lora is not None:
-        # Checkpoints of adapters do not hold the weights that they adapt.
-        initialise(engine, config)
-    state = checkpoints.resume()
-    if state is None:
-        if config.lora is None:
-            initialise(engine, config)
-        state = TrainingState(0, 0, 0.0, config.engine.name)
-    else:
-        log.info("going on from step %d", state.step)
+    state = _begin(config, engine, checkpoints)
     if engine.is_main:
         run.truncate_metrics(state.step)
     engine.barrier()
+    early_stop = EarlyStop(training.early_stop, state.best)
     stop = _StopOnSignal()
     meter = _Meter(config, engine, state)
     logger = MetricsLogger(run, config) if engine.is_main else None
@@ -73,26 +79,32 @@ def fit(
         disable=not (engine.is_main and config.logging.progress_bar),
         dynamic_ncols=True,
     )
-    finished = True
+    finished, step = True, state.step
     try:
-        for step in range(state.step + 1, training.max_steps + 1):
+        for step in range(state.step + 1, (state.step if early_stop.reached else training.max_steps) + 1):
             rate = learning_rate_at(step, training.max_steps, config.optimizer)
             batch = loader.next_batch()
             result = _step_or_report(engine, batch, objective, rate, step, run, training.micro_batch_rows)
             metrics = meter.measure(step, batch, result, rate)
             last = step == training.max_steps
-            if validation and (last or (training.eval_every and step % training.eval_every == 0)):
+            evaluated = bool(validation) and (last or _every(training.eval_every, step))
+            if evaluated:
                 metrics |= _evaluated(engine, validation, objective, training.micro_batch_rows)
-            if logger is not None and (last or step % training.log_every == 0):
+                early_stop.judge(step, metrics)
+                last = last or early_stop.reached
+            if logger is not None and (last or evaluated or step % training.log_every == 0):
                 logger.write(metrics)
             bar.update()
             bar.set_postfix_str(f"loss {result.loss:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s", refresh=False)
+            if sampler is not None and not last and _every(sampler.every_steps, step):
+                sampler(engine, step)
             checkpoints.settle(wait=False)
             interrupted = engine.any_rank(stop.asked)
-            if interrupted or last or (training.checkpoint_every and step % training.checkpoint_every == 0):
+            is_best = early_stop.best is not None and early_stop.best.step == step
+            if interrupted or last or is_best or _every(training.checkpoint_every, step):
                 background = training.async_checkpoint and not (interrupted or last)
-                checkpoints.save(meter.state(step), background)
-            if interrupted:
+                checkpoints.save(meter.state(step, early_stop.best), background)
+            if interrupted or last:
                 finished = last
                 break
         checkpoints.settle(wait=True)
@@ -101,22 +113,53 @@ def fit(
         stop.restore()
         if logger is not None:
             logger.close()
-    if finished and training.export_hf:
-        export(engine, run.export, config.vocabulary.text_tokenizer, _last_losses(run))
-    if finished and config.lora is not None:
-        adapters = dict(engine.adapters())
-        if engine.is_main:
-            write_adapters(run.path / "adapters", adapters, config.lora, config.model.init)
+    if finished:
+        if early_stop.best is not None and early_stop.best.step != step:
+            step = early_stop.best.step
+            checkpoints.return_to(step)
+            log.info("the best weights, of step %d, are the result", step)
+        _write_result(config, engine, run, step, sampler)
     if engine.is_main:
         write_run_report(run.path)
     return finished
 
 
-def _last_losses(run: RunDirectory) -> dict[str, float]:
-    """Losses of the last logged step, held-out ones among them."""
-    lines = read_metrics(run.metrics_file)
-    last = lines[-1] if lines else {}
-    return {name: value for name, value in last.items() if name.removeprefix("val/").startswith("loss")}
+def _begin(config: RunConfig, engine: Engine, checkpoints: Checkpoints) -> TrainingState:
+    """Load the newest checkpoint, or the first weights where there is none."""
+    if config.lora is not None:
+        # Checkpoints of adapters do not hold the weights that they adapt.
+        initialise(engine, config)
+    state = checkpoints.resume()
+    if state is not None:
+        log.info("going on from step %d", state.step)
+        return state
+    if config.lora is None:
+        initialise(engine, config)
+    return TrainingState(0, 0, 0.0, config.engine.name)
+
+
+def _write_result(config: RunConfig, engine: Engine, run: RunDirectory, step: int, sampler: Sampler | None) -> None:
+    """Samples, export and adapters of the engine's weights, those of `step`."""
+    if sampler is not None:
+        sampler(engine, step)
+    if config.training.export_hf:
+        export(engine, run.export, config.vocabulary.text_tokenizer, _losses_at(step, run))
+    if config.lora is not None:
+        adapters = dict(engine.adapters())
+        if engine.is_main:
+            write_adapters(run.path / "adapters", adapters, config.lora, config.model.init)
+
+
+def _every(steps: int, step: int) -> bool:
+    """Whether something is due at `step` that is done every so many steps; 0: never."""
+    return steps > 0 and step % steps == 0
+
+
+def _losses_at(step: int, run: RunDirectory) -> dict[str, float]:
+    """Losses of a step, held-out ones among them; none if it was not logged."""
+    lines = (line for line in read_metrics(run.metrics_file) if line["step"] == step)
+    metrics = next(lines, {})
+    return {name: value for name, value in metrics.items() if name.removeprefix("val/").startswith("loss")}
 
 
 class _StopOnSignal:
@@ -156,6 +199,7 @@ class _Meter:
         self._elapsed_s += duration_s
         metrics: dict[str, float | int] = {
             "step": step,
+            **_means(result.metrics),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
@@ -166,10 +210,10 @@ class _Meter:
         if self._peak is not None:
             flops = training_flops(self._config.model, num_tokens, sum_of_squared_lengths(batch.documents) * replicas)
             metrics["mfu"] = flops / duration_s / (self._peak * self._engine.world_size)
-        return metrics | _means(result.metrics)
+        return metrics
 
-    def state(self, step: int) -> TrainingState:
-        return TrainingState(step, self._tokens, self._elapsed_s, self._config.engine.name)
+    def state(self, step: int, best: Best | None) -> TrainingState:
+        return TrainingState(step, self._tokens, self._elapsed_s, self._config.engine.name, best)
 
 
 def _means(metrics: dict[str, tuple[float, float]], prefix: str = "") -> dict[str, float]:

@@ -98,8 +98,8 @@ def _validation(metrics: Metrics) -> str:
     lines = [line for line in metrics if any(key.startswith("val/") for key in line)]
     if not lines:
         return ""
-    keys = modality_keys(lines, "val/loss/") + task_keys(lines, "val/loss/")
-    final = table(("at the end", "nats/token"), [(key.removeprefix("val/loss/"), lines[-1].get(key)) for key in keys])
+    keys = modality_keys(lines, "val/loss") + task_keys(lines, "val/loss/")
+    final = table(("at the end", "nats/token"), [(key.removeprefix("val/"), lines[-1].get(key)) for key in keys])
     if len(lines) == 1:
         return final
     return final + charts(line_chart("Held-out", "step", "nats/token", series(lines, keys)))

@@ -27,6 +27,9 @@ _FREE_TO_CHANGE = (
     "training.async_checkpoint",
     "training.eval_every",
     "training.eval_batches",
+    "training.early_stop",
+    "training.sample_every",
+    "training.num_samples",
     "training.export_hf",
     "model.init",
 )

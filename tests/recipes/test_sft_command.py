@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stepaudio_train.config.paths import result_checkpoint
 from stepaudio_train.config.schema import ModelConfig, VocabularyConfig
 from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.engines.build import build_engine
@@ -20,7 +21,8 @@ QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "logging.progres
 SMALL = ["model=step1_debug", "vocabulary=small", "engine.precision=fp32", "optimizer.learning_rate=3e-3"]
 ROWS = ["training.sequence_length=128", "training.global_batch_rows=4", "training.micro_batch_rows=2"]
 LAYOUTS = {"local": (1, ["engine=local"]), "megatron": (2, ["engine=megatron"])}
-LENGTH = ["data.epochs=1.5", "training.checkpoint_every=4"]
+LENGTH = ["data.epochs=1.5", "training.checkpoint_every=4", "training.sample_every=4", "training.num_samples=3"]
+LENGTH += ["training.eval_every=2", "training.early_stop.patience=99"]
 
 
 def spoken(digit: int) -> str:
@@ -84,7 +86,7 @@ def straight(files, tmp_path_factory) -> dict[str, Path]:
 def test_answers_are_learned_alike_in_one_process_and_two(straight):
     local, megatron = (lines_of(straight[name]) for name in LAYOUTS)
     assert [line["loss"] for line in megatron] == pytest.approx([line["loss"] for line in local], rel=1e-4)
-    assert local[-1]["val/loss/task/chat"] < 0.5 * local[0]["loss"]
+    assert local[-1]["val/loss"] == local[-1]["val/loss/task/aqta"] < 0.5 * local[0]["loss"]
     assert megatron[-1]["val/loss/text"] == pytest.approx(local[-1]["val/loss/text"], rel=1e-4)
 
 
@@ -96,6 +98,23 @@ def test_run_directory_says_what_was_learned_from(straight):
     assert f"max_steps: {len(lines_of(run))}\n" in (run / "config.yaml").read_text()
     exported = {path.name for path in (run / "export").iterdir()}
     assert {"config.json", "tokenizer.model", "model.safetensors.index.json"} <= exported
+
+
+def test_samples_show_held_out_conversations_alike_in_one_process_and_two(straight):
+    local, megatron = ({p.name: p.read_text() for p in (straight[name] / "samples").iterdir()} for name in LAYOUTS)
+    assert local == megatron and "step_00000004.jsonl" in local
+    lines = [json.loads(line) for line in local[max(local)].splitlines()]
+    assert [(line["id"], line["task"], line["reference"]) for line in lines] == [
+        (i, "aqta", WORDS[i]) for i in range(3)
+    ]
+    assert all(spoken(i) in line["prompt"] and "answer" in line for i, line in enumerate(lines))
+
+
+def test_the_result_is_the_best_weights(straight):
+    for run in straight.values():
+        best = min((line["val/loss"], line["step"]) for line in lines_of(run) if "val/loss" in line)
+        assert result_checkpoint(run / "checkpoints").name == f"step_{best[1]:08d}"
+        assert f"| val/loss | {best[0]:.6g} |" in (run / "export" / "README.md").read_text()
 
 
 def test_killed_run_goes_on_bit_for_bit(files, straight, tmp_path):
@@ -112,6 +131,8 @@ def test_killed_run_goes_on_bit_for_bit(files, straight, tmp_path):
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
     assert "going on from step" in done.stderr
     assert trajectory(tmp_path / "killed") == trajectory(straight["local"])
+    ends = [result_checkpoint(run / "checkpoints").name for run in (tmp_path / "killed", straight["local"])]
+    assert ends[0] == ends[1]
 
 
 def test_refused_command_says_what_to_type(files, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,24 @@ class Step1ForCausalLM(nn.Module):
             RuntimeError: tensors are missing or do not fit; PyTorch names them.
         """
         directory = Path(directory)
-        model = cls(read_released_config(directory))
         weights: dict[str, Tensor] = {}
         for shard in sorted(directory.glob("*.safetensors")):
             weights.update(load_file(shard))
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        config = read_released_config(directory)
+        return cls.of_weights(config, {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()})
+
+    @classmethod
+    def of_weights(cls, config: Step1Config, weights: Mapping[str, Tensor]) -> Step1ForCausalLM:
+        """The model, in eval mode, whose parameters are these CPU tensors themselves: nothing is copied or drawn.
+
+        Raises:
+            RuntimeError: tensors are missing or do not fit; PyTorch names them.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        # No checkpoint holds the slopes.
+        model.model.slopes = alibi_slopes(config.num_attention_heads)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -8,7 +8,7 @@ from stepaudio_train.config.checks import sft_problems
 from stepaudio_train.config.compose import load_config, read_config, save_config
 from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.config.paths import configs_dir
-from stepaudio_train.config.schema import PretrainConfig
+from stepaudio_train.config.schema import EarlyStopConfig, PretrainConfig
 from stepaudio_train.config.sft import SftConfig, with_max_steps, with_text_tokenizer
 
 EXPERIMENTS = sorted(p.stem for p in (configs_dir() / "experiment").glob("sft_*.yaml"))
@@ -59,6 +59,24 @@ def test_everything_missing_is_told_together(tmp_path):
     assert "data.speech_tokenizer=nowhere: no such folder" in message
     assert "type data=FILE.jsonl" in problems_of(f"model.init={tmp_path}")
     assert "type vocabulary.text_tokenizer=FILE.model" in problems_of(f"model.init={tmp_path}")
+
+
+def test_early_stop_is_turned_on_by_any_of_its_keys_and_says_what_it_needs(files, tmp_path):
+    assert load().training.early_stop is None
+    assert load("training.early_stop.patience=5").training.early_stop == EarlyStopConfig("val/loss", 5, 0.0)
+    held_out = [f"validation={tmp_path / 'my.jsonl'}", "training.eval_every=10"]
+    asked = "training.early_stop.metric=val/loss/task/aqta"
+    config = load_config("sft", SftConfig, [*files, *held_out, asked], sft_problems)
+    assert config.training.early_stop == EarlyStopConfig("val/loss/task/aqta")
+    message = problems_of(*files, "training.early_stop.patience=0", "training.early_stop.metric=loss")
+    for part in ("type validation=FILE.jsonl", "type training.eval_every=STEPS", "patience=0", "one of val/loss, "):
+        assert part in message
+    assert "min_delta=-1.0" in problems_of(*files, *held_out, "training.early_stop.min_delta=-1")
+
+
+def test_samples_cannot_be_fewer_than_none(files):
+    assert "type training.sample_every=0" in problems_of(*files, "training.sample_every=-1")
+    assert "num_samples=0: must be" in problems_of(*files, "training.num_samples=0")
 
 
 def test_misspelt_keys_are_refused(files):

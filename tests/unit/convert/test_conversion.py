@@ -201,6 +201,37 @@ def test_adapters_are_merged(directory, tmp_path):
         run(directory, tmp_path / "dora", "hf", merge=adapters)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_mean_is_taken_in_fp32_over_models_of_any_format(directory, tmp_path, dtype):
+    torch.manual_seed(2)
+    second, third = (make_directory(tmp_path / f"hf{seed}", seed=seed) for seed in (1, 2))
+    megatron = run(second, tmp_path / "megatron", "megatron", tensor_parallel=2)
+    zero = run(third, tmp_path / "zero", "deepspeed", zero_ranks=2)
+    name = str(dtype).removeprefix("torch.")
+    mean = run(directory, tmp_path / "mean", "hf", average=(megatron, zero), dtype=name, verify=True)
+    models = [load_file(next(path.glob("*.safetensors"))) for path in (directory, second, third)]
+    found = load_file(next(mean.glob("*.safetensors")))
+    assert found.keys() == models[0].keys()
+    for key, tensor in found.items():
+        expected = torch.stack([model[key].float() for model in models]).mean(0).to(dtype)
+        assert torch.equal(tensor, expected), key
+
+
+def test_models_that_cannot_be_averaged_are_named(directory, tmp_path):
+    torch.manual_seed(3)
+    wide = make_directory(tmp_path / "wide", replace(MODEL, intermediate_size=64, vocab_size=510))
+    with pytest.raises(WeightError, match=r"wide: has intermediate_size=64, vocab_size=510 where .*model has .*=48"):
+        run(directory, tmp_path / "mean", "hf", average=(wide,))
+    incomplete = make_directory(tmp_path / "incomplete")
+    file = next(incomplete.glob("*.safetensors"))
+    weights = load_file(file)
+    weights.pop("model.norm.weight")
+    save_file(weights, file)
+    with pytest.raises(WeightError, match=r"model\.norm\.weight"):
+        run(directory, tmp_path / "mean", "hf", average=(incomplete,))
+    assert not (tmp_path / "mean").exists()
+
+
 @pytest.fixture
 def broken(directory, tmp_path) -> Path:
     return shutil.copytree(directory, tmp_path / "broken")

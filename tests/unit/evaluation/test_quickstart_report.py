@@ -79,3 +79,32 @@ def test_a_left_out_speaker_has_a_row_and_a_figure(run):
     assert results.summary()["asr_wer_heldout_speaker"] == 12.5
     assert "12.5% for the speaker left out" in results.headline()
     assert "never heard in training" in write_quickstart_report(results).read_text(encoding="utf-8")
+
+
+def test_fine_tuning_has_its_figures_beside_those_of_a_model_that_does_not_listen(run):
+    plain = write_quickstart_report(QuickstartResults.read(run, {"prepare": 30.0})).read_text(encoding="utf-8")
+    assert "Fine-tuning" not in plain and "aqta_exact" not in QuickstartResults.read(run, {}).summary()
+    losses = {"loss": 2.0, "loss/task/aqta": 1.0, "val/loss/task/aqta": 1.5, "val/loss/task/tts": 1.5}
+    write(run / "sft" / "metrics.jsonl", *({"step": n, "tokens": 100 * n} | losses for n in (1, 2, 3)))
+    refused = [{"name": "train.jsonl:7", "reason": "(fats 2): no such tag"}]
+    used = {"conversations": 9, "tasks": {"aqta": 5, "tts": 4}, "num_refused": 1, "refused": refused}
+    write(run / "sft" / "data_report.json", {"data": used})
+    scores = {"asr": {"num": 5, "wer": 6.25, "exact": 90.0}, "aqta": {"num": 5, "wer": 10.0, "exact": 87.5}}
+    control = {task: {"num": 5, "wer": 97.0, "exact": 4.5} for task in scores}
+    examples = {"aqta": [{"id": "q1", "reference": "<five>", "answer": "six"}]}
+    answers = {"scores": scores, "scores_exchanged_audio": control, "examples": examples}
+    write(run / "answers" / "answers.json", answers)
+    speed = {"speed_control_spearman": 0.91, "speed_control_spearman_permuted_tags": -0.01}
+    speed |= {"speed_control_spearman_permuted_tags_spread": 0.05, "num_speed_answers": 4}
+    counts = {"num_answers": 4, "num_answers_from_tokens": 4, "num_refused": 0, "refused": []}
+    write(run / "control" / "control.json", speed | counts)
+    results = QuickstartResults.read(run, {"prepare": 30.0})
+    summary = results.summary()
+    assert (summary["sft_asr_wer"], summary["sft_asr_wer_shuffled_audio"]) == (6.25, 97.0)
+    assert (summary["aqta_exact"], summary["aqta_exact_shuffled_audio"]) == (87.5, 4.5)
+    assert (summary["speed_control_spearman"], summary["speed_control_spearman_permuted_tags"]) == (0.91, -0.01)
+    assert summary["sft_refused"] == 1
+    assert "spoken questions 88% right (4% with shuffled audio), speed as asked 0.91" in results.headline()
+    page = write_quickstart_report(results).read_text(encoding="utf-8")
+    for shown in ("Fine-tuning on conversations", "5 aqta, 4 tts", "(fats 2): no such tag", "&lt;five&gt;", "4.5"):
+        assert shown in page

@@ -21,6 +21,7 @@ def test_sums_by_modality_and_task():
     out = LanguageModelling(vocabulary)(TokenOutputs(torch.tensor([[-1.0, -2.0, -4.0, -99.0]])), batch)
     assert out.loss_sum.item() == 1.0 + 2.0 + 2.0
     assert out.weight_sum.item() == 2.5
+    assert out.metrics["loss"].tolist() == [5.0, 2.5]
     assert out.metrics["loss/text"].tolist() == [1.0, 1.0]
     assert out.metrics["loss/linguistic"].tolist() == [2.0, 1.0]
     assert out.metrics["loss/semantic"].tolist() == [2.0, 0.5]
