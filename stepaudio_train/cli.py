@@ -183,6 +183,30 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     add("--from", dest="format", choices=formats, help="its format (default: guessed)")
     tasks = ("asr", "tts", "tqta", "aqta", "taqta", "aqaa", "edit", "tool", "role_play")
     add("--task", choices=tasks, help="what the conversations teach, where the format leaves it open")
+    processed = _command(
+        actions,
+        "process",
+        _data_process,
+        "make conversations fit for a chat model: length, spoken style, recognition, history as text",
+        needs="a JSONL file of conversations; for --spoken-style endpoint an OpenAI-compatible server.",
+        example="stepaudio data process chat.jsonl spoken.jsonl --max-input-words 300 --spoken-style rules",
+    )
+    add = processed.add_argument
+    add("source", type=Path, metavar="FILE", help="conversations")
+    add("output", type=Path, metavar="OUT", help="JSONL file to write")
+    add("--max-input-words", type=int, metavar="N", help="refuse longer questions; a Chinese character is a word")
+    add("--max-input-s", type=float, metavar="S", help="refuse more seconds of recordings in the questions")
+    add("--max-answer-words", type=int, metavar="N", help="refuse longer last answers")
+    add("--spoken-style", choices=("rules", "endpoint"), help="rewrite answers as they would be spoken")
+    add("--max-answer-sentences", type=int, metavar="N", help="keep the first sentences of a rewritten answer")
+    add("--language", metavar="CODE", help="of the answers, such as en or zh (default: told by the characters)")
+    add("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://localhost:8000/v1")
+    add("--endpoint-model", metavar="NAME", help="model to ask there")
+    add("--endpoint-key-env", metavar="NAME", help="environment variable with its key (default OPENAI_API_KEY)")
+    add("--endpoint-workers", type=int, metavar="N", help="requests at a time (default 8)")
+    add("--asr-copies", type=float, metavar="SHARE", help="add recognition of this share of recordings (default 0.0)")
+    add("--history", choices=("text", "audio"), help="earlier recordings as text, or as they are (default audio)")
+    add("--seed", type=int, metavar="N", help="of the choice of copies (default 0)")
     for parser in (show, check):
         add = parser.add_argument
         add("file", type=Path, metavar="FILE", help="conversations")
@@ -396,6 +420,13 @@ def _data_import(options: argparse.Namespace) -> int:
     from stepaudio_train.data.importers.run import ImportOptions, import_conversations
 
     print(import_conversations(_typed(ImportOptions, options)).summary(), end="")
+    return 0
+
+
+def _data_process(options: argparse.Namespace) -> int:
+    from stepaudio_train.data.chat_processing import ProcessOptions, process
+
+    print(process(_typed(ProcessOptions, options)).summary(), end="")
     return 0
 
 
