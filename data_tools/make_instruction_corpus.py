@@ -54,6 +54,7 @@ from stepaudio_train.data.tags import LEVELS, TAGS, AskedTag, tagged
 SPLIT_SHARES = {"train": 0.86, "validation": 0.04, "test": 0.10}
 VOICES = {"Adam": "m1", "Ben": "m3", "Clara": "f1"}
 """Name -> espeak variant. Each speaks every language."""
+LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
 LANGUAGES = {"English": "en-us", "Chinese": "cmn-latn-pinyin", "Cantonese": "yue-latn-jyutping", "Japanese": "ja"}
 DIGITS = {
     "English": ENGLISH[:10],
@@ -67,7 +68,7 @@ FASTER, SLOWER = 1.16, 1.12
 MELODIES = {"English": (20, 50, 80, 50, 20, 50), "Chinese": (80, 50, 20, 50, 80, 50)}
 """Pitch of each sung word, of espeak's 0-99: one tune rises first, the other falls."""
 CHANTED_WORDS = 4
-"""At least, in songs and RAP: a tune and a rhythm need some length."""
+"""Of songs and RAP: a tune and a rhythm need some length. Other texts with tags are of one word or two."""
 SUNG_RATE_WPM, RAP_RATE_WPM = 100, 220
 BEAT_S = 0.36
 STUDIO = Room(pause_s=(0.04, 0.06), noise_db=(-72.0, -70.0), peak=(0.6, 0.6))
@@ -94,7 +95,7 @@ PRONOUNCED |= {
 }
 
 
-NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 4400, 600, 2000, 2000
+NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 5000, 600, 1000, 1600
 """Conversations of each kind at scale 1, over all splits."""
 
 
@@ -149,7 +150,7 @@ class Studio:
     def plain(self, utterance: Utterance) -> AudioPart:
         """A recording with pauses and noise as in `make_corpus`."""
         speech, _ = self._espeak.synthesise(utterance)
-        return self._write(speech, utterance, {"en": "English", "zh": "Chinese"}[utterance.language], NOISY_ROOM)
+        return self._write(speech, utterance, LANGUAGE_NAMES[utterance.language], NOISY_ROOM)
 
     def styled(self, text: str, name: str, language: str, asked: AskedTag | None) -> AudioPart:
         """A voice's recording of a text, spoken as a tag asks for."""
@@ -276,8 +277,8 @@ def control_grid(rng: np.random.Generator) -> list[Line]:
     """What the test split speaks: every text of a kind with every tag of that kind, so that tags alone differ."""
     moods = [_asked(mood, level) for mood in ("happy", "sad", "angry") for level in LEVELS]
     speeds = [None, *(_asked(speed, level) for speed in ("fast", "slow") for level in LEVELS)]
-    kinds: list[tuple[int, int, list[AskedTag | None]]] = [(12, 2, speeds), (8, 2, [None, *moods])]
-    kinds += [(12, CHANTED_WORDS, [None, _asked(style)]) for style in ("singing", "RAP")]
+    kinds: list[tuple[int, int, list[AskedTag | None]]] = [(16, 2, speeds), (8, 2, [None, *moods])]
+    kinds += [(10, CHANTED_WORDS, [None, _asked(style)]) for style in ("singing", "RAP")]
     grid: list[Line] = []
     for num_texts, num_words, tags in kinds:
         for _ in range(num_texts):
@@ -293,9 +294,11 @@ def control_grid(rng: np.random.Generator) -> list[Line]:
 def draw_line(rng: np.random.Generator, not_of: set[str]) -> Line:
     """Something to be spoken in training. Speed is asked for most often, since its levels are the finest."""
     while True:
-        kind = rng.choice(["speed", "mood", "language", "RAP", "singing", "none"], p=[0.5, 0.2, 0.12, 0.05, 0.07, 0.06])
+        kind = rng.choice(
+            ["speed", "mood", "language", "RAP", "singing", "none"], p=[0.56, 0.18, 0.12, 0.04, 0.05, 0.05]
+        )
         name, level = _draw(rng, VOICES), int(rng.choice(LEVELS))
-        text, language = _draw_text(rng, at_least=CHANTED_WORDS if kind in ("RAP", "singing") else 1)
+        text, language = _draw_text(rng, CHANTED_WORDS if kind in ("RAP", "singing") else int(rng.choice((1, 2, 2))))
         asked = None
         if kind == "language":
             language, text = _draw(rng, LANGUAGES), _draw_digits(rng)
@@ -387,14 +390,14 @@ def _draw(rng: np.random.Generator, choices: Iterable[str]) -> str:
     return choices[rng.integers(len(choices))]
 
 
-def _draw_text(rng: np.random.Generator, at_least: int) -> tuple[str, str]:
-    """(text, language) of one utterance, or of as many as it takes for so many words."""
+def _draw_text(rng: np.random.Generator, num_words: int) -> tuple[str, str]:
+    """(text, language) of as many words."""
     first = draw_utterance(rng)
     words = first.words
-    while len(words) < at_least:
+    while len(words) < num_words:
         following = draw_utterance(rng)
         words += following.words if following.language == first.language else []
-    return (" ".join(words), "English") if first.language == "en" else ("".join(words), "Chinese")
+    return (" " if first.language == "en" else "").join(words[:num_words]), LANGUAGE_NAMES[first.language]
 
 
 def _draw_digits(rng: np.random.Generator) -> str:

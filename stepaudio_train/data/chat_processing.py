@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, TextIO, TypeVar
 
@@ -30,6 +31,7 @@ from stepaudio_train.data.prompts import recognition_record
 from stepaudio_train.data.records import (
     AudioPart,
     Message,
+    Part,
     Record,
     RecordError,
     TextPart,
@@ -195,16 +197,18 @@ def with_spoken_answers(record: Record, rewriter: Rewriter, language: str | None
             question = message
         elif message.role == "assistant" and not any(isinstance(part, AudioPart) for part in message.content):
             heard = "\n".join(_transcripts(question)) if record.task == "taqta" else ""
+            content: list[Part] = []
             try:
-                content = tuple(
-                    replace(part, text=_spoken(part.text, heard, said_in(question), rewriter, language))
-                    if isinstance(part, TextPart)
-                    else part
-                    for part in message.content
-                )
+                # Texts that stand together are one text, as they are when they are rendered.
+                for written, parts in groupby(message.content, lambda part: isinstance(part, TextPart)):
+                    if written:
+                        text = "".join(part.text for part in parts if isinstance(part, TextPart))
+                        content.append(TextPart(_spoken(text, heard, said_in(question), rewriter, language)))
+                    else:
+                        content += parts
             except RewriteError as error:
                 return f"turn {number}: {error}"
-            message = replace(message, content=content)
+            message = replace(message, content=tuple(content))
         messages.append(message)
     return replace(record, messages=tuple(messages))
 
@@ -227,8 +231,8 @@ def recognition_copy(record: Record, share: float, seed: int) -> Record | None:
     digest = hashlib.sha256(f"{seed} {record.id}".encode()).digest()
     if int.from_bytes(digest[:8], "big") >= share * 2**64 or task_of(record) == "asr":
         return None
-    question = next(message for message in reversed(record.messages) if message.role == "human")
-    recordings = [part for part in question.content if isinstance(part, AudioPart)]
+    questions = [message for message in record.messages if message.role == "human"]
+    recordings = [part for message in questions[-1:] for part in message.content if isinstance(part, AudioPart)]
     if len(recordings) != 1 or not recordings[0].text:
         return None
     return recognition_record(f"{record.id}#asr", recordings[0], recordings[0].text)
@@ -267,6 +271,10 @@ def _check(options: ProcessOptions) -> None:
         problems.append(f"{options.source}: no such file")
     if options.output.suffix != ".jsonl" or options.output.resolve() == options.source.resolve():
         problems.append(f"{options.output}: the output must be another file, and its name must end with .jsonl")
+    for name in ("max_input_words", "max_input_s", "max_answer_words"):
+        limit = getattr(options, name)
+        if limit is not None and not limit > 0:
+            problems.append(f"--{name.replace('_', '-')} {limit:g}: must be over 0")
     if not 0 <= options.asr_copies <= 1:
         problems.append(f"--asr-copies {options.asr_copies:g}: must be a share between 0 and 1")
     if options.endpoint_workers < 1:

@@ -80,8 +80,14 @@ _SCRIPTS = {
     "zh": re.compile(rf"[{_HAN}]"),
     "other": re.compile(rf"[^\W\d_{_LATIN}{_HAN}]"),
 }
-# A mark, and what closes behind it. A blank follows a Latin one; behind a single capital it is that of an initial.
-_SENTENCE_END = re.compile(r"""(?:[。！？]+|[!?]+(?=\W|\Z)|(?<!\b[A-Z])\.(?=["'”’)]*(?:\s|\Z)))["'”’)」』）]*\s*|\n""")
+_CLOSING = r"""["'”’)」』）]*"""
+# No end: the full stop of an initial, of a list's number, of "No. 1", and any that a small letter follows.
+_FULL_STOP = (
+    r"(?<!\b[A-Z])(?<!^\d)(?<!^\d\d)(?<!\bSt)(?<!\bMt)\.(?!(?:(?<=\bNo\.)|(?<=\bFig\.)) \d)"
+    rf"(?={_CLOSING}(?:\s+(?![a-z])|\Z))"
+)
+# A mark, and what closes behind it. A blank or a Chinese character follows a Latin one.
+_SENTENCE_END = re.compile(rf"(?:[。！？]+|[!?]+(?=\W|\Z|[{_HAN}])|{_FULL_STOP}){_CLOSING}\s*|\n", re.MULTILINE)
 _ADDRESS = re.compile(
     r"(?:https?://|www\.)(?:[A-Za-z0-9._~:/?#@!$&'*+,;=%-]|\([A-Za-z0-9._~-]*\))+(?<![.,:;!?'*~])"
     r"|(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"
@@ -264,6 +270,7 @@ _TIDY: tuple[_Rule, ...] = (
     (r" +", " "),
     (r" (?=[,.!?;:)，。！？；：、）…](?!\d))", ""),
     (r"(?<=[(（]) ", ""),
+    (r"(?m)^[ ,，、;；。]+", ""),
 )
 
 

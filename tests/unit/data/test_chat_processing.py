@@ -58,6 +58,7 @@ CHINESE = {
     "A & B，x^2，x^n": "A和B，x的平方，x的n次方",
     r"等于$\frac{1}{2}$。": "等于2分之1。",
     "水果，e.g. 梨【1†来源】，好的～": "水果，例如梨，好的",
+    "https://a.org，很好": "很好",
 }
 OTHER = {"**50%** & mehr, z. B. dies": "50% & mehr, z. B. dies"}
 
@@ -126,6 +127,8 @@ def test_language_is_that_of_most_of_the_answer():
         ("他说：“不。”二？三", "他说：“不。”二？"),
         ("One\nTwo. Three", "One\nTwo."),
         ("One. Two", "One. Two"),
+        ("1. Paris. No. 1 at 5 p.m. on Sunday. Three.", "1. Paris. No. 1 at 5 p.m. on Sunday."),
+        ("你好!真的吗?是。", "你好!真的吗?"),
     ],
 )
 def test_first_sentences(text, first):
@@ -416,6 +419,7 @@ def test_endpoint_rewrites_in_order_and_one_failure_costs_one_line(run, server, 
         ({"endpoint": "http://a"}, "--spoken-style endpoint"),
         ({"max_answer_sentences": 2}, "--spoken-style rules"),
         ({"asr_copies": 1.5}, "between 0 and 1"),
+        ({"max_input_s": float("nan")}, "--max-input-s nan: must be over 0"),
         ({"max_answer_words": 1}, "nothing of it is left.*chat.jsonl:1"),
     ],
 )
@@ -423,3 +427,17 @@ def test_what_cannot_be_done_is_told_and_nothing_is_written(run, tmp_path, optio
     with pytest.raises(UserError, match=message):
         run(conversation("a", spoken_question(), answer("two words")), **options)
     assert not (tmp_path / "out" / "new.jsonl").exists()
+
+
+def test_texts_that_stand_together_are_rewritten_as_one(run):
+    question = {"role": "human", "content": "q"}
+    parts = [{"type": "text", "text": text} for text in ("It is **sev", "en** and", " eight.")]
+    records, _ = run(
+        json.dumps({"messages": [question, {"role": "assistant", "content": parts}]}), spoken_style="rules"
+    )
+    assert records[0].messages[1].content == (TextPart("It is seven and eight."),)
+
+
+def test_a_conversation_without_a_question_gets_no_asr_copy(run):
+    records, report = run(json.dumps({"messages": [{"role": "system", "content": "Be brief."}]}), asr_copies=1.0)
+    assert (len(records), report.asr_copies) == (1, 0)
