@@ -83,6 +83,8 @@ CHANGES: dict[str, tuple[EditKind, str]] = {
 HEARD_BEFORE = 3
 """One in so many recordings goes into the manifest."""
 OPPOSITES = (("left", "right"), ("up", "down"), ("on", "off"), ("go", "stop"))
+KIND_SHARES = {"speed": 0.56, "mood": 0.18, "language": 0.12, "RAP": 0.04, "singing": 0.05, "none": 0.05}
+"""Of what is spoken with tags. Speed has the finest levels."""
 PRONOUNCED |= {
     "加": "jia1",
     "等": "deng3",
@@ -292,7 +294,7 @@ def control_grid(rng: np.random.Generator) -> list[Line]:
 
 
 def draw_line(rng: np.random.Generator, not_of: set[str]) -> Line:
-    """Something to be spoken in training. Speed is asked for most often, since its levels are the finest."""
+    """Something to be spoken in training."""
     while True:
         kind = rng.choice(
             ["speed", "mood", "language", "RAP", "singing", "none"], p=[0.56, 0.18, 0.12, 0.04, 0.05, 0.05]

@@ -1,0 +1,224 @@
+"""Arguments of the commands that take a model: run, generate, evaluate, convert, export, plan; and doctor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from stepaudio_train.cli.parsing import command, group, typed
+
+
+def add_run(commands: argparse._SubParsersAction) -> None:
+    parser = command(
+        commands,
+        "run",
+        _run,
+        "run a recipe (a training stage), in one process or several",
+        needs="a recipe's name, and whatever its configuration asks for (`experiment=debug` asks for nothing).",
+        example="stepaudio run pretrain experiment=debug engine=megatron engine.tensor_parallel=2 --nproc 2",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a program in recipes/, such as pretrain or quickstart")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/RECIPE.yaml")
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on this machine (default 1; one per GPU); several machines: see launch/",
+    )
+
+
+def add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = command(
+        commands,
+        "generate",
+        _generate,
+        "ask a trained model: speech to text, text to speech tokens, continuations",
+        needs="a finished pretraining run, and for recordings the speech tokenizer it was trained with.",
+        example="stepaudio generate runs/pretrain --task asr --speech-tokenizer runs/tokenizer --audio hello.wav",
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="RUN", help="run directory, or its export/ folder")
+    add("--task", choices=("asr", "tts", "continuation", "text"), required=True, help="what to do with the prompts")
+    add("--audio", type=Path, nargs="+", metavar="FILE", help="recordings (asr, continuation)")
+    add("--text", nargs="+", metavar="TEXT", help="texts (tts, text)")
+    add("--records", type=Path, metavar="FILE", help="JSONL of records, each one recording or one text")
+    add("--speech-tokenizer", type=Path, metavar="DIR", help="needed for recordings")
+    add("--output", type=Path, metavar="FILE", help="JSONL to write (default: the terminal)")
+    add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens a prompt (default 256)")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default 0.0)")
+    add("--top-k", type=int, metavar="K", help="draw among the K most likely (default 0: all)")
+    add("--top-p", type=float, metavar="P", help="draw among those that make up P (default 1.0)")
+    add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    actions = group(
+        commands,
+        "evaluate",
+        "a fine-tuned model: its answers, and whether it does as told",
+        needs="a finished run of `stepaudio run sft`, or what it answered.",
+        example="stepaudio evaluate answers runs/sft held_out.jsonl --output runs/sft/answers",
+    )
+    answers = command(
+        actions,
+        "answers",
+        _evaluate_answers,
+        "answer held-out conversations, and score what is written, beside exchanged recordings",
+        needs="a finished run of `stepaudio run sft`, and conversations that it was not trained on.",
+        example="stepaudio evaluate answers runs/sft held_out.jsonl --output runs/sft/answers",
+    )
+    add = answers.add_argument
+    add("model", type=Path, metavar="RUN", help="run directory")
+    add("file", type=Path, metavar="FILE", help="conversations with their answers")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--reference", type=Path, metavar="FILE", help="conversations of the training, for `evaluate control`")
+    add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens an answer (default 512)")
+    add("--temperature", type=float, metavar="T", help="of spoken answers (default 0.7)")
+    add("--top-k", type=int, metavar="K", help="draw among the K most likely (default 50)")
+    add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")
+
+    control = command(
+        actions,
+        "control",
+        _evaluate_control,
+        "does generated speech do what its instruction tags ask: speed, mood, language, melody, rhythm",
+        needs="spoken answers: those of `stepaudio evaluate answers`, or recordings with their tags (docs/control.md).",
+        example="stepaudio evaluate control runs/sft/answers/answers.jsonl --output runs/sft/control "
+        "--reference runs/sft/answers/reference.jsonl --truth runs/sft/answers/truth.jsonl",
+    )
+    add = control.add_argument
+    add("answers", type=Path, metavar="FILE", help="JSONL of spoken answers")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--reference", type=Path, metavar="FILE", help="spoken answers of the training, with recordings and codes")
+    add("--truth", type=Path, metavar="FILE", help="true recordings of what was asked for")
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = command(
+        commands,
+        "convert",
+        _convert,
+        "weights from any format to any other; what a directory lacks to be served",
+        needs="a Hugging Face directory, a run directory, or a checkpoint of Megatron-Core or DeepSpeed.",
+        example="stepaudio convert runs/sft exported --to hf --dtype bfloat16 --verify\n"
+        "  stepaudio convert Step-Audio-TTS-3B step1_3b --to megatron --tensor-parallel 4 --pipeline-parallel 2\n"
+        "  stepaudio convert --check exported",
+    )
+    add = parser.add_argument
+    add("source", type=Path, nargs="?", metavar="SRC", help="folder with weights, of any format")
+    add("destination", type=Path, nargs="?", metavar="DST", help="folder to write; must not be there yet")
+    add("--to", choices=("hf", "megatron", "deepspeed", "plain"), help="format to write (plain: one safetensors file)")
+    add("--tensor-parallel", type=int, metavar="N", help="megatron: ranks that share a matrix (default 1)")
+    add("--pipeline-parallel", type=int, metavar="N", help="megatron: stages (default 1)")
+    add("--virtual-pipeline", type=int, metavar="N", help="megatron: chunks a stage (default 1)")
+    add("--zero-ranks", type=int, metavar="N", help="deepspeed: ZeRO-3 over N ranks (default: a universal checkpoint)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the weights written (default: as they are)")
+    add("--vocab-size", type=int, metavar="N", help="grow the vocabulary to N rows, or cut off padding behind them")
+    add("--merge", type=Path, metavar="DIR", help="add these LoRA adapters to the weights")
+    add("--average", type=Path, nargs="+", metavar="DIR", help="write the mean of the weights of SRC and of these")
+    add("--config", type=Path, metavar="DIR", help="folder with a config.json, for checkpoints that come without")
+    add("--verify", action="store_true", help="compare every tensor bit for bit afterwards, and a forward pass")
+    add("--check", type=Path, metavar="DIR", help="say what a Hugging Face directory lacks, and convert nothing")
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    parser = command(
+        commands,
+        "export",
+        _export,
+        "the speech tokenizer as the directory that StepFun's code takes",
+        needs="a speech tokenizer: a run_dir of `stepaudio run tokenizer`, or a copy of Step-Audio-Tokenizer.",
+        example="stepaudio export tokenizer runs/tokenizer exported",
+    )
+    add = parser.add_argument
+    add("what", choices=("tokenizer",), help="what to export")
+    add("source", type=Path, metavar="SRC", help="directory with a speech tokenizer")
+    add("destination", type=Path, metavar="DST", help="directory to write; must not be there yet")
+    add("--released", type=Path, metavar="DIR", help="released directory, whose decoder and token list are taken over")
+
+
+def add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = command(
+        commands,
+        "plan",
+        _plan,
+        "memory of a run on each rank, before it is started",
+        needs="nothing but a configuration: no GPU, no data, no weights.",
+        example="stepaudio plan model=step1_130b vocabulary=released engine=megatron engine.tensor_parallel=8 "
+        "engine.pipeline_parallel=8 --world-size 512 --memory-gib 80\n"
+        "  stepaudio plan --recipe sft experiment=sft_3b_lora --world-size 1 --memory-gib 80",
+    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/RECIPE.yaml")
+    parser.add_argument("--recipe", choices=("pretrain", "sft"), help="whose configuration (default pretrain)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks in all (default: one model replica)")
+    parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a device; says whether it fits")
+    parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the resolved configuration as YAML")
+    parser.add_argument("--parameters-json", type=Path, metavar="FILE", help="write every weight's name and shape")
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = command(
+        commands,
+        "doctor",
+        _doctor,
+        "check this machine and this installation",
+        needs="nothing.",
+        example="stepaudio doctor --run-dir /data/runs",
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs will be written (default runs)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.run import run_recipe_command
+
+    return run_recipe_command(options.recipe, options.overrides, options.nproc)
+
+
+def _evaluate_answers(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.evaluate import AnswersOptions, evaluate_answers, summary
+
+    print(summary(evaluate_answers(typed(AnswersOptions, options))), end="")
+    return 0
+
+
+def _evaluate_control(options: argparse.Namespace) -> int:
+    from stepaudio_train.evaluation.control import ControlOptions, measure_control
+
+    print(measure_control(typed(ControlOptions, options)).summary(), end="")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.generate import GenerateOptions, run_generation
+
+    return run_generation(typed(GenerateOptions, options))
+
+
+def _convert(options: argparse.Namespace) -> int:
+    # Before torch is imported: with huge pages, filling the memory of a large tensor is seven times as fast.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from stepaudio_train.commands.convert import ConvertOptions, run_conversion
+
+    return run_conversion(typed(ConvertOptions, options))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.export import ExportOptions, export_tokenizer
+
+    return export_tokenizer(typed(ExportOptions, options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.plan import PlanOptions, show_plan
+
+    return show_plan(typed(PlanOptions, options))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.doctor import examine
+
+    return examine(options.run_dir)
