@@ -21,8 +21,18 @@ from stepaudio_train.tokenizers.vocabulary import Special
 _TURNS = (
     "{{- '<s>' -}}"
     "{%- for turn in messages -%}"
+    # Tools stand behind the system's turn, or first.
+    "{%- if tools and loop.index0 == (1 if messages[0]['role'] == 'system' else 0) -%}"
+    "{{- '<|BOT|>SPACEtool_json_schemas\n' + (tools | tojson) + '<|EOT|>' -}}"
+    "{%- endif -%}"
     "{%- set speaker = 'human' if turn['role'] == 'user' else turn['role'] -%}"
-    "{{- '<|BOT|>SPACE' + speaker + '\n' + turn['content'] + '<|EOT|>' -}}"
+    "{{- '<|BOT|>SPACE' + speaker + '\n' + (turn['content'] or '') -}}"
+    "{%- for call in turn['tool_calls'] or [] -%}"
+    "{%- set given = call['function']['arguments'] -%}"
+    "{{- '<|CALL_START|> function\n' + call['function']['name'] + '\n' -}}"
+    "{{- (given if given is string else given | tojson) + '<|CALL_END|>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|EOT|>' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|BOT|>SPACEassistant\n' -}}{%- endif -%}"
 )

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stepaudio_train.config.schema import Step1Config
 from stepaudio_train.convert.companions import write_companions
 from stepaudio_train.convert.text_files import CHAT_TEMPLATES
-from stepaudio_train.data.records import AudioPart, Message, Record, TextPart
+from stepaudio_train.data.records import AudioPart, Message, Record, TextPart, ToolCall
 from stepaudio_train.data.render import Renderer, TokenSample
 from stepaudio_train.models.step1.attention import alibi_slopes
 from stepaudio_train.models.step1.initialise import InitialWeights
@@ -389,6 +389,30 @@ def test_served_conversations_have_the_ids_that_were_trained_on(released):
     assert tokenizer.apply_chat_template(turns, return_dict=False) == trained
     served = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
     assert served == renderer.render_chat_prompt(sample, template).tolist() == trained[: len(served)]
+
+
+def test_served_tools_have_the_ids_that_were_trained_on(released):
+    tokenizer, is_chat = released
+    template = "chat" if is_chat else "tts"
+    renderer = Renderer(Vocabulary(65536), TextTokenizer.from_file(RELEASED))
+    schema = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    arguments = {"a": 7, "为": "二"}
+    asked = [Message("system", (TextPart("be brief"),)), Message("human", (TextPart("what is 7 and 2"),))]
+    called = Message("assistant", (TextPart("wait"), ToolCall("add", arguments)))
+    messages = (*asked, called, Message("tool", (TextPart("9"),)), Message("assistant", (TextPart("nine"),)))
+    calls = [{"function": {"name": "add", "arguments": arguments}}]
+    call = {"role": "assistant", "content": "wait", "tool_calls": calls}
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 7 and 2"}, call]
+    turns += [{"role": "tool", "content": "9"}, {"role": "assistant", "content": "nine"}]
+    for first in (0, 1):  # with a system turn before the tools, and without
+        sample = TokenSample(Record("one", messages[first:], tools=(schema,)))
+        trained = renderer.render_chat(sample, template).ids.tolist()
+        assert tokenizer.apply_chat_template(turns[first:], tools=[schema], return_dict=False) == trained
+        for end in (len(turns) - 1, 2):
+            given, options = turns[first:end], {"tools": [schema], "return_dict": False}
+            served = tokenizer.apply_chat_template(given, add_generation_prompt=True, **options)
+            prompt = TokenSample(Record("one", messages[first:end], tools=(schema,)))
+            assert served == renderer.render_chat_prompt(prompt, template).tolist() == trained[: len(served)]
 
 
 @needs_golden
