@@ -128,9 +128,9 @@ def require_known_tags(record: Record, tags: TagVocabulary) -> None:
     Raises:
         TagError: it does not.
     """
-    if task_of(record) == "tts":
-        question = next(message for message in reversed(record.messages) if message.role == "human")
-        tags.parse("".join(part.text for part in question.content if isinstance(part, TextPart)))
+    questions = [message for message in record.messages if message.role == "human"]
+    if questions and task_of(record) == "tts":
+        tags.parse("".join(part.text for part in questions[-1].content if isinstance(part, TextPart)))
 
 
 def recordings_of(record: Record, folder: Path) -> dict[str, Path]:

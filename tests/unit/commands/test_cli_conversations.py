@@ -43,6 +43,7 @@ def test_check_names_every_bad_line_and_counts_the_rest(folder, capsys):
         line(("human", "one"), ("assistant", "two"), task="asr"),
         line(("human", "(fast 2)one"), ("assistant", recording("short.wav"))),
         "{",
+        line(("assistant", recording("short.wav"))),
     ]
     file = folder / "all.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8")
@@ -50,7 +51,7 @@ def test_check_names_every_bad_line_and_counts_the_rest(folder, capsys):
     assert main(["data", "check", str(file), *options]) == 1
     told = capsys.readouterr().out.splitlines()
     reasons = {row.partition(": ")[0].rpartition(":")[2]: row for row in told[:-1]}
-    assert list(reasons) == ["2", "3", "4", "5", "6", "7", "9"]
+    assert list(reasons) == ["2", "3", "4", "5", "6", "7", "9", "10"]
     for number, reason in {
         "2": "no such recording",
         "3": "did you mean 'fast'",
@@ -59,9 +60,10 @@ def test_check_names_every_bad_line_and_counts_the_rest(folder, capsys):
         "6": "cannot be read as audio",
         "7": "task asr: the last turn of human must hold audio",
         "9": "JSON",
+        "10": "turn 1 is assistant",
     }.items():
         assert reason in reasons[number]
-    assert "2 conversations (1 aqta, 1 tts), 7 refused" in told[-1]
+    assert "2 conversations (1 aqta, 1 tts), 8 refused" in told[-1]
 
 
 def test_show_prints_ids_text_and_what_teaches(folder, capsys):

@@ -12,7 +12,7 @@ from stepaudio_train.config.schema import EarlyStopConfig, PretrainConfig
 from stepaudio_train.config.sft import SftConfig, with_max_steps, with_text_tokenizer
 
 EXPERIMENTS = sorted(p.stem for p in (configs_dir() / "experiment").glob("sft_*.yaml"))
-WORLD_SIZES = {"sft_3b_lora": 1, "sft_3b_zero3": 8, "sft_3b_megatron": 8}
+WORLD_SIZES = {"sft_3b_lora": 1, "sft_3b_zero3": 8, "sft_3b_megatron": 8, "sft_130b_chat": 64}
 
 
 def load(*overrides: str) -> SftConfig:
@@ -41,6 +41,13 @@ def test_defaults_are_the_papers(files):
     assert (rates.learning_rate, rates.min_learning_rate, rates.schedule) == (2e-5, 2e-6, "cosine")
     assert (config.data.epochs, config.data.loss, config.training.max_steps) == (1.0, "last", 0)
     assert (config.model.num_hidden_layers, config.vocabulary.text_size) == (32, 65536)
+
+
+def test_the_chat_models_rates_are_the_papers(files):
+    config = load("experiment=sft_130b_chat", *files)
+    rates = (config.optimizer.learning_rate, config.optimizer.min_learning_rate, config.optimizer.schedule)
+    assert rates == (5.656e-5, 5.656e-6, "cosine")
+    assert (config.data.template, config.data.loss, config.data.epochs) == ("chat", "last", 1.0)
 
 
 def test_a_file_is_named_where_pretraining_has_a_group(files):
@@ -110,7 +117,8 @@ def test_saved_configuration_reads_back_equal(tmp_path, files):
 def test_shipped_experiments_lack_nothing_but_files(name, files, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(WORLD_SIZES[name]))
     config = load_config("sft", SftConfig, [f"experiment={name}", *files], sft_problems)
-    assert (config.optimizer.learning_rate, config.optimizer.schedule) == (2e-5, "cosine") or config.lora is not None
+    own_rates = config.lora is not None or name == "sft_130b_chat"
+    assert (config.optimizer.learning_rate, config.optimizer.schedule) == (2e-5, "cosine") or own_rates
 
 
 def test_every_experiment_is_tested():
