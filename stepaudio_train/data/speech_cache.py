@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from stepaudio_train.audio import AudioError, read_audio
@@ -25,7 +25,8 @@ from stepaudio_train.data.files import replacing, write_atomically
 from stepaudio_train.tokenizers.speech import SpeechTokenizer, SpeechTokens, tokenizer_files
 
 BLOCK_RECORDINGS = 256
-BATCH_RECORDINGS = 16
+BATCH_AUDIO_S = 120.0
+"""Encoded at once, and the recording that goes over it."""
 _LINGUISTIC, _SEMANTIC = "linguistic", "semantic"
 
 
@@ -95,18 +96,19 @@ class SpeechCache:
         self, tokenizer: SpeechTokenizer, block: Sequence[Path], refused: dict[str, str], bar: tqdm
     ) -> dict[str, SpeechTokens]:
         encoded: dict[str, SpeechTokens] = {}
-        waiting = iter(block)
-        while batch := list(islice(waiting, BATCH_RECORDINGS)):
-            waveforms = {}
-            for path in batch:
-                try:
-                    waveforms[path] = read_audio(path, tokenizer.sample_rate_hz)
-                except AudioError as error:
-                    refused[self._key(path)] = str(error)
-            with torch.inference_mode():
-                tokens = tokenizer.encode(list(waveforms.values()))
-            encoded |= {self._key(path): codes for path, codes in zip(waveforms, tokens, strict=True)}
-            bar.update(len(batch))
+        waveforms: dict[Path, Tensor] = {}
+        for number, path in enumerate(block, 1):
+            try:
+                waveforms[path] = read_audio(path, tokenizer.sample_rate_hz)
+            except AudioError as error:
+                refused[self._key(path)] = str(error)
+            num_samples = sum(len(waveform) for waveform in waveforms.values())
+            if num_samples >= BATCH_AUDIO_S * tokenizer.sample_rate_hz or (waveforms and number == len(block)):
+                with torch.inference_mode():
+                    tokens = tokenizer.encode(list(waveforms.values()))
+                encoded |= {self._key(path): codes for path, codes in zip(waveforms, tokens, strict=True)}
+                waveforms.clear()
+            bar.update()
         return encoded
 
     def _write(self, encoded: dict[str, SpeechTokens]) -> None:
