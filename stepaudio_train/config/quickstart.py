@@ -36,7 +36,7 @@ class QuickstartConfig:
     stage2_steps: int = 50
     stage3_steps: int = 900
     """The third stage is where the model learns to recognise and to speak."""
-    sft_epochs: float = 5.0
+    sft_epochs: float = 6.0
     """How often fine-tuning goes through the conversations."""
     minutes: float = 25.0
     """What all parts together may take. If the machine is too slow for that, stage 3 gets fewer steps."""
