@@ -18,6 +18,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -254,21 +255,33 @@ def _line(utterance: Utterance, name: str, duration_s: float, edges_s: list[floa
     return {"audio": name, **fields, "duration_s": round(duration_s, 4), "spans": spans}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def run_maker(
+    description: str | None, size: str, default: float, size_help: str, make: Callable[[Path, float, int], str]
+) -> None:
+    """A corpus maker's command line: OUT, its size and a seed. OUT is there when it is whole, and not before.
+
+    Args:
+        size: name of the option.
+        make: writes into the folder it is given, and returns what to say about it.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("directory", type=Path, help="where to write; must not exist")
-    parser.add_argument("--minutes", type=float, default=60.0, help="length of the corpus (default 60)")
+    parser.add_argument(f"--{size}", dest="size", type=float, default=default, help=size_help)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.directory.exists():
         parser.error(f"{arguments.directory} exists; remove it or name another folder")
     partial = arguments.directory.with_name(arguments.directory.name + ".partial")
-    if (partial / "manifest.jsonl").is_file():
+    if (partial / "wav").is_dir():
         shutil.rmtree(partial)  # an interrupted run left it
-    minutes = make_corpus(partial, arguments.minutes, arguments.seed)
+    made = make(partial, arguments.size, arguments.seed)
     partial.rename(arguments.directory)
-    sys.stderr.write(f"{minutes:.1f} minutes of speech in {arguments.directory}\n")
+    sys.stderr.write(f"{made} in {arguments.directory}\n")
+
+
+def _make(directory: Path, minutes: float, seed: int) -> str:
+    return f"{make_corpus(directory, minutes, seed):.1f} minutes of speech"
 
 
 if __name__ == "__main__":
-    main()
+    run_maker(__doc__, "minutes", 60.0, "length of the corpus (default 60)", _make)

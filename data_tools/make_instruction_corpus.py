@@ -20,10 +20,7 @@ do, in other voices, at other speeds and pitches.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +43,7 @@ from data_tools.make_corpus import (
     Utterance,
     draw_utterance,
     record,
+    run_maker,
 )
 from stepaudio_train.data.prompts import EditKind, edit_instruction, question_record, recognition_record
 from stepaudio_train.data.records import AudioPart, Message, Part, Record, Role, TextPart, record_to_json
@@ -406,21 +404,10 @@ def _draw_digits(rng: np.random.Generator) -> str:
     return " ".join(str(digit) for digit in rng.integers(10, size=rng.integers(2, 4)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("directory", type=Path, help="where to write; must not exist")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full size (default 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.directory.exists():
-        parser.error(f"{arguments.directory} exists; remove it or name another folder")
-    partial = arguments.directory.with_name(arguments.directory.name + ".partial")
-    if (partial / "wav").is_dir():
-        shutil.rmtree(partial)  # an interrupted run left it
-    counts = make_instruction_corpus(partial, arguments.scale, arguments.seed)
-    partial.rename(arguments.directory)
-    sys.stderr.write(f"{', '.join(f'{n} {split}' for split, n in counts.items())} in {arguments.directory}\n")
+def _make(directory: Path, scale: float, seed: int) -> str:
+    counts = make_instruction_corpus(directory, scale, seed)
+    return ", ".join(f"{number} {split}" for split, number in counts.items())
 
 
 if __name__ == "__main__":
-    main()
+    run_maker(__doc__, "scale", 1.0, "share of the full size (default 1)", _make)
