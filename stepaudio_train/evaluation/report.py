@@ -23,7 +23,7 @@ from stepaudio_train.training.page import (
     section,
     table,
 )
-from stepaudio_train.training.report import Metrics, modality_keys, read_metrics, series, task_keys
+from stepaudio_train.training.report import Metrics, conversation_tables, modality_keys, read_metrics, series, task_keys
 
 STAGES = ("stage1", "stage2", "stage3")
 _SHOWN_TRANSCRIPTS = 12
@@ -300,9 +300,6 @@ def _fine_tuning(found: FineTuningResults) -> list[str]:
     curves = [
         line_chart(title, "tokens", "nats/token", series(found.metrics, keys, "tokens")) for title, keys in losses
     ]
-    used = found.data["data"]
-    tasks = ", ".join(f"{count} {task}" for task, count in used["tasks"].items())
-    refused = table(("left out", "why"), [(r["name"], r["reason"]) for r in used["refused"][:20]])
     return [
         section(
             "Fine-tuning on conversations",
@@ -310,10 +307,9 @@ def _fine_tuning(found: FineTuningResults) -> list[str]:
             charts(*curves),
             "<h3>Written answers</h3>",
             table(("task", "conversation", "expected", "answered"), shown),
-            refused if used["refused"] else "",
-            note=f"{used['conversations']} conversations ({tasks}), {used['num_refused']} left out. Shuffled audio: "
-            "the same conversations, each with the recording of another one of its task. asr writes down what is said, "
-            "aqta answers a spoken question.",
+            conversation_tables(found.data["data"]),
+            note="Shuffled audio: the same conversations, each with the recording of another one of its task. asr "
+            "writes down what is said, aqta answers a spoken question.",
         ),
         control_section(found.control),
     ]

@@ -1,15 +1,19 @@
-"""`report.html` of one training run, from its metrics.jsonl and config.yaml alone."""
+"""`report.html` of one training run, from the files in its directory alone."""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stepaudio_train.training.page import Series, charts, details, environment, line_chart, page, section, table
 
 Metrics = list[dict[str, float]]
+
+_SHOWN_REFUSALS = 50
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -60,6 +64,8 @@ def write_run_report(run_dir: Path) -> Path:
         section("Summary", _summary(metrics)),
         section("Losses", _loss_charts(metrics), note="Nats per token, on the training batches."),
         section("Held-out losses", _validation(metrics), note="Nats per token, on the validation data."),
+        section("Conversations", _conversations(run_dir)),
+        section("Answers while it learned", _samples(run_dir)),
         section("Optimisation and speed", _speed_charts(metrics)),
         section("What ran", table(("", ""), environment().items()), details("config.yaml", config)),
     ]
@@ -68,6 +74,46 @@ def write_run_report(run_dir: Path) -> Path:
     temporary.write_text(page(f"Run {run_dir.name}", last, sections), encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def conversation_tables(used: Mapping[str, Any]) -> str:
+    """What a fine-tuning used of one file, and what it left out and why.
+
+    Args:
+        used: an entry of data_report.json.
+    """
+    tasks = ", ".join(f"{count} {task}" for task, count in used["tasks"].items())
+    rows = [
+        ("conversations", used["conversations"]),
+        ("of these", tasks),
+        ("tokens", used["tokens"]),
+        ("tokens that teach", used["tokens_with_loss"]),
+        ("left out", used["num_refused"]),
+    ]
+    refused = [(refusal["name"], refusal["reason"]) for refusal in used["refused"][:_SHOWN_REFUSALS]]
+    return table((used["path"], ""), rows) + (table(("left out", "why"), refused) if refused else "")
+
+
+def _conversations(run_dir: Path) -> str:
+    file = run_dir / "data_report.json"
+    if not file.is_file():
+        return ""
+    return "".join(conversation_tables(used) for used in json.loads(file.read_text(encoding="utf-8")).values())
+
+
+def _samples(run_dir: Path) -> str:
+    """The newest ones."""
+    files = sorted((run_dir / "samples").glob("step_*.jsonl"))
+    if not files:
+        return ""
+    lines = [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
+    rows = [(line["task"], *(_short(line[key]) for key in ("prompt", "reference", "answer"))) for line in lines]
+    return table((files[-1].stem, "asked", "expected", "answered"), rows)
+
+
+def _short(text: str) -> str:
+    """Audio as the number of its codes, so that what is written can be read."""
+    return re.sub(r"(?:<audio_\d+>)+", lambda run: f" [{run[0].count('<')} audio tokens] ", text)
 
 
 def _summary(metrics: Metrics) -> str:

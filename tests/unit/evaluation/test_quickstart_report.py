@@ -87,7 +87,8 @@ def test_fine_tuning_has_its_figures_beside_those_of_a_model_that_does_not_liste
     losses = {"loss": 2.0, "loss/task/aqta": 1.0, "val/loss/task/aqta": 1.5, "val/loss/task/tts": 1.5}
     write(run / "sft" / "metrics.jsonl", *({"step": n, "tokens": 100 * n} | losses for n in (1, 2, 3)))
     refused = [{"name": "train.jsonl:7", "reason": "(fats 2): no such tag"}]
-    used = {"conversations": 9, "tasks": {"aqta": 5, "tts": 4}, "num_refused": 1, "refused": refused}
+    used = {"path": "train.jsonl", "conversations": 9, "tasks": {"aqta": 5, "tts": 4}, "tokens": 90}
+    used |= {"tokens_with_loss": 20, "num_refused": 1, "refused": refused}
     write(run / "sft" / "data_report.json", {"data": used})
     scores = {"asr": {"num": 5, "wer": 6.25, "exact": 90.0}, "aqta": {"num": 5, "wer": 10.0, "exact": 87.5}}
     control = {task: {"num": 5, "wer": 97.0, "exact": 4.5} for task in scores}

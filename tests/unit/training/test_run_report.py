@@ -60,3 +60,26 @@ def test_text_is_escaped_and_numbers_are_set_right():
 def test_the_same_numbers_give_the_same_chart():
     points = {"a": ([1.0, 2.0, 3.0], [3.0, 1.0, 2.0])}
     assert line_chart("t", "x", "y", points) == line_chart("t", "x", "y", points)
+
+
+def test_fine_tuning_tells_what_it_used_what_it_left_out_and_what_was_answered(tmp_path):
+    write_run(tmp_path, 3)
+    assert "Conversations" not in write_run_report(tmp_path).read_text(encoding="utf-8")
+    refused = [{"name": "my.jsonl:7", "reason": "no such recording"}]
+    used = {
+        "path": "my.jsonl",
+        "conversations": 9,
+        "tasks": {"aqta": 5, "tts": 4},
+        "tokens": 90,
+        "tokens_with_loss": 20,
+    }
+    report = {"data": used | {"num_refused": 1, "refused": refused}}
+    (tmp_path / "data_report.json").write_text(json.dumps(report), encoding="utf-8")
+    (tmp_path / "samples").mkdir()
+    for step, answer in ((2, "early"), (3, "<audio_1><audio_2>")):
+        line = {"task": "tts", "prompt": "<s>say one", "reference": "<audio_1>" * 5, "answer": answer}
+        (tmp_path / "samples" / f"step_{step:08d}.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    page = write_run_report(tmp_path).read_text(encoding="utf-8")
+    for shown in ("my.jsonl:7", "no such recording", "5 aqta, 4 tts", "&lt;s&gt;say one", "[5 audio tokens]"):
+        assert shown in page
+    assert "[2 audio tokens]" in page and "early" not in page
