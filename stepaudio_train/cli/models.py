@@ -34,16 +34,27 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         commands,
         "generate",
         _generate,
-        "ask a trained model: speech to text, text to speech tokens, continuations",
-        needs="a finished pretraining run, and for recordings the speech tokenizer it was trained with.",
-        example="stepaudio generate runs/pretrain --task asr --speech-tokenizer runs/tokenizer --audio hello.wav",
+        "ask a trained model: speech to text, text to speech tokens, continuations, conversations",
+        needs="a finished run, for chat a fine-tuning one; for recordings the speech tokenizer it was trained with.",
+        example="stepaudio generate runs/pretrain --task asr --speech-tokenizer runs/tokenizer --audio hello.wav\n"
+        "  stepaudio generate runs/sft --task chat --records asked.jsonl",
     )
     add = parser.add_argument
     add("model", type=Path, metavar="RUN", help="run directory, or its export/ folder")
-    add("--task", choices=("asr", "tts", "continuation", "text"), required=True, help="what to do with the prompts")
-    add("--audio", type=Path, nargs="+", metavar="FILE", help="recordings (asr, continuation)")
-    add("--text", nargs="+", metavar="TEXT", help="texts (tts, text)")
-    add("--records", type=Path, metavar="FILE", help="JSONL of records, each one recording or one text")
+    add(
+        "--task",
+        choices=("asr", "tts", "continuation", "text", "chat"),
+        required=True,
+        help="what to do with the prompts",
+    )
+    add("--audio", type=Path, nargs="+", metavar="FILE", help="recordings (asr, continuation, chat)")
+    add("--text", nargs="+", metavar="TEXT", help="texts (tts, text, chat)")
+    add(
+        "--records",
+        type=Path,
+        metavar="FILE",
+        help="JSONL of records of one recording or text; chat: conversations",
+    )
     add("--speech-tokenizer", type=Path, metavar="DIR", help="needed for recordings")
     add("--output", type=Path, metavar="FILE", help="JSONL to write (default: the terminal)")
     add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens a prompt (default 256)")

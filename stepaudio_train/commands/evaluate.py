@@ -61,7 +61,7 @@ def evaluate_answers(options: AnswersOptions) -> dict[str, Any]:
     Raises:
         UserError: no run of `sft`, or no conversation that can be used.
     """
-    data = _data_config(options.model)
+    data = fine_tuning_data(options.model)
     files = [options.file, *([] if options.reference is None else [options.reference])]
     found = _encoded(files, data, options)
     samples = [sample for _, sample in found[0].samples if sample.record.messages[-1].role == "assistant"]
@@ -93,6 +93,18 @@ def evaluate_answers(options: AnswersOptions) -> dict[str, Any]:
     return result
 
 
+def fine_tuning_data(model: Path) -> SftDataConfig:
+    """How the conversations of a fine-tuned model are rendered, and with which speech tokenizer.
+
+    Raises:
+        UserError: no run directory of `sft`.
+    """
+    file = model / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{model}: holds no config.yaml; type the run directory of a finished `stepaudio run sft`")
+    return read_config(SftConfig, file).data
+
+
 def summary(result: dict[str, Any]) -> str:
     """For the terminal."""
     lines = [f"{'task':<10}{'answers':>8}{'WER, %':>9}{'exact, %':>10}   exchanged audio: WER, %  exact, %"]
@@ -102,13 +114,6 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{task:<10}{scores['num']:>8}{scores['wer']:>9.1f}{scores['exact']:>10.1f}{shown}")
     lines.append(f"{result['unended']} answers did not end; {result['num_refused']} conversations refused")
     return "\n".join(lines) + "\n"
-
-
-def _data_config(model: Path) -> SftDataConfig:
-    file = model / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{model}: holds no config.yaml; type the run directory of a finished `stepaudio run sft`")
-    return read_config(SftConfig, file).data
 
 
 def _encoded(paths: Sequence[Path], data: SftDataConfig, options: AnswersOptions) -> list[EncodedConversations]:

@@ -8,12 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from stepaudio_train.audio import read_audio
+from stepaudio_train.commands.evaluate import fine_tuning_data
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.data.conversation_files import ConversationFile, Worker, encode_conversations
 from stepaudio_train.data.records import AudioPart, Record, TextPart, read_records, speech_record, text_record
-from stepaudio_train.data.render import TokenSample
+from stepaudio_train.data.render import RenderError, TokenSample
+from stepaudio_train.data.sources import Refusal
+from stepaudio_train.data.tags import TagVocabulary
 from stepaudio_train.rollout.generate import generate
 from stepaudio_train.rollout.sampling import SamplingConfig
 from stepaudio_train.rollout.speech_text import SpeechTextModel
@@ -21,7 +26,7 @@ from stepaudio_train.tokenizers.dual import audio_ids_to_text, merge_streams
 from stepaudio_train.tokenizers.speech import SpeechTokenizer, SpeechTokens
 from stepaudio_train.tokenizers.vocabulary import Special
 
-GenerationTask = Literal["asr", "tts", "continuation", "text"]
+GenerationTask = Literal["asr", "tts", "continuation", "text", "chat"]
 _SPEECH_TASKS = ("asr", "continuation")
 _BATCH_RECORDINGS = 16
 
@@ -34,7 +39,7 @@ class GenerateOptions:
     """A run directory, or its export/ folder."""
     task: GenerationTask
     """asr: recordings to text. continuation: recordings go on, as audio tokens. tts: text to audio tokens. text: text
-    goes on."""
+    goes on. chat: a fine-tuned model's answer to conversations, or to recordings and texts as a human's only turn."""
     audio: tuple[Path, ...] = ()
     text: tuple[str, ...] = ()
     records: Path | None = None
@@ -65,6 +70,8 @@ def run_generation(options: GenerateOptions) -> int:
 
 
 def _run_generation(options: GenerateOptions) -> int:
+    if options.task == "chat":
+        return _chat(options)
     records = list(_prompts(options))
     if options.task in _SPEECH_TASKS and options.speech_tokenizer is None:
         raise UserError(f"{options.task} takes recordings; type --speech-tokenizer DIR, the one it was trained with")
@@ -75,13 +82,59 @@ def _run_generation(options: GenerateOptions) -> int:
         if not isinstance(_only_part(record), wanted):
             kind = "a text" if wanted is TextPart else "a recording"
             raise UserError(f"{record.id}: {options.task} takes {kind}")
+    model = _model(options)
+    _write(options, records, _generate(options, model, records))
+    return 0
+
+
+def _chat(options: GenerateOptions) -> int:
+    """Answer conversations, rendered as the run's configuration says. What cannot be rendered is named; the rest goes
+    on."""
+    data = fine_tuning_data(options.model)
+    if options.records is not None:
+        file = ConversationFile.read(options.records, TagVocabulary(data.own_tags))
+    else:
+        file = ConversationFile(Path("prompts"), [(record.id, record) for record in _prompts(options)], [])
+    tokenizer = options.speech_tokenizer or (None if data.speech_tokenizer is None else Path(data.speech_tokenizer))
+    if tokenizer is None and file.recordings():
+        raise UserError("there are recordings; type --speech-tokenizer DIR, the one the model was trained with")
+    with TemporaryDirectory() as cache:
+        (found,) = encode_conversations([file], tokenizer, Path(cache), Worker(device=options.device))
+    model, samples, refused = _model(options), [], list(found.refused)
+    for where, sample in found.samples:
+        try:
+            model.renderer.render_chat_prompt(sample, data.template, data.history)
+        except RenderError as error:
+            refused.append(Refusal(where, str(error)))
+        else:
+            samples.append(sample)
+    for refusal in refused:
+        sys.stderr.write(f"left out: {refusal.name}: {refusal.reason}\n")
+    if not samples:
+        raise UserError("nothing to answer; type --records FILE.jsonl, --text TEXT or --audio FILE")
+    seeds = range(options.seed, options.seed + len(samples))
+    answers = model.answer(samples, _sampling(options), data.template, data.history, seeds)
+    results = [
+        {"text": answer.text, "ended": answer.ended, **({} if answer.speech is None else _spoken(answer.speech, model))}
+        for answer in answers
+    ]
+    _write(options, [sample.record for sample in samples], results)
+    return 1 if refused else 0
+
+
+def _model(options: GenerateOptions) -> SpeechTextModel:
     export = options.model / "export"
-    model = SpeechTextModel.from_directory(export if export.is_dir() else options.model, options.device)
-    results = _generate(options, model, records)
+    return SpeechTextModel.from_directory(export if export.is_dir() else options.model, options.device)
+
+
+def _sampling(options: GenerateOptions) -> SamplingConfig:
+    return SamplingConfig(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+
+
+def _write(options: GenerateOptions, records: Sequence[Record], results: Sequence[dict[str, Any]]) -> None:
     with options.output.open("w", encoding="utf-8") if options.output else nullcontext(sys.stdout) as file:
         for record, result in zip(records, results, strict=True):
             file.write(json.dumps({"id": record.id, "task": options.task, **result}, ensure_ascii=False) + "\n")
-    return 0
 
 
 def _prompts(options: GenerateOptions) -> Iterator[Record]:
@@ -107,7 +160,7 @@ def _only_part(record: Record) -> AudioPart | TextPart:
 
 
 def _generate(options: GenerateOptions, model: SpeechTextModel, records: Sequence[Record]) -> list[dict[str, Any]]:
-    sampling = SamplingConfig(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+    sampling = _sampling(options)
     seeds = range(options.seed, options.seed + len(records))
     if options.task == "tts":
         return [_spoken(s, model) for s in model.speak([_text(record) for record in records], sampling, seeds)]

@@ -12,15 +12,23 @@ import torch
 
 from stepaudio_train.cli import build_parser, main
 from stepaudio_train.commands.generate import GenerateOptions
+from stepaudio_train.config.compose import save_config
 from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.config.sft import SftConfig, SftDataConfig
 from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
 from stepaudio_train.data.prepare import PrepareOptions
+from stepaudio_train.data.records import Message, Record, TextPart
+from stepaudio_train.data.render import TokenSample
 from stepaudio_train.data.tokenize import TokenizeOptions
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
+from stepaudio_train.rollout.generate import generate as rollout
+from stepaudio_train.rollout.sampling import SamplingConfig
+from stepaudio_train.rollout.speech_text import SpeechTextModel
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.semantic import SemanticTokenizer
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
 from stepaudio_train.tokenizers.text import train_text_tokenizer
+from stepaudio_train.tokenizers.vocabulary import FIRST_BYTE_ID
 
 TEXT_SIZE = 400
 
@@ -105,6 +113,31 @@ def test_generation_from_recordings_texts_and_records(folders: Path, capsys: pyt
     drawn = ("--task", "text", "--text", "one", "--temperature", "1", "--max-new-tokens", "200", "--seed")
     first, again, other = (generate(folders, capsys, *drawn, seed)[0]["text"] for seed in "334")
     assert first == again != other
+
+
+def test_a_fine_tuned_model_answers_conversations(folders: Path, capsys: pytest.CaptureFixture[str]):
+    data = SftDataConfig(template="chat", speech_tokenizer=str(folders / "speech"))
+    save_config(SftConfig(data=data), folders / "run" / "config.yaml")
+    part = {"type": "audio", "audio": "audio/one_0.wav", "text": "one"}
+    asked = [{"id": "c1", "messages": [{"role": "system", "content": "two"}, {"role": "human", "content": [part]}]}]
+    asked.append({"id": "c2", "messages": [{"role": "human", "content": "one two"}]})
+    asked.append({"id": "c3", "messages": [{"role": "system", "content": "two"}]})
+    file = folders / "asked.jsonl"
+    file.write_text("\n".join(map(json.dumps, asked)))
+    assert main(["generate", str(folders / "run"), "--task", "chat", "--records", str(file)]) == 1  # one is left out
+    told = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in told.out.splitlines()] == ["c1", "c2"]
+    assert f"{file}:3: c3: has no turn to answer" in told.err
+    heard = generate(folders, capsys, "--task", "chat", "--audio", str(folders / "audio" / "one_0.wav"))
+    assert heard[0]["id"] == "one_0" and {"text", "ended"} <= heard[0].keys()
+    # What is asked is what was trained on: the same prompt by the renderer gives the same answer.
+    model = SpeechTextModel.from_directory(folders / "run" / "export", "cpu")
+    record = Record("c2", (Message("human", (TextPart("one two"),)),))
+    prompt = model.renderer.render_chat_prompt(TokenSample(record), "chat").tolist()
+    (expected,) = rollout(model.model, [prompt], SamplingConfig(max_new_tokens=8, stop_ids=(3, 2)))
+    written = generate(folders, capsys, "--task", "chat", "--text", "one two")[0]
+    text = [i for i in expected.ids if FIRST_BYTE_ID <= i < TEXT_SIZE]
+    assert written["text"] == model.renderer.text_tokenizer.decode(text).strip()
 
 
 @pytest.mark.parametrize(
