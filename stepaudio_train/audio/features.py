@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +53,21 @@ def num_kaldi_frames(num_samples: Tensor) -> Tensor:
     return torch.where(num_samples < KALDI_FRAME, 0, 1 + (num_samples - KALDI_FRAME) // FRAME_SHIFT)
 
 
-def kaldi_fbank(waveforms: Tensor, num_samples: Tensor, num_mel_bins: int = 80) -> tuple[Tensor, Tensor]:
-    """Kaldi's log mel filter-bank energies as Paraformer takes them: 25 ms Hamming window every 10 ms, no dither.
+def kaldi_fbank(
+    waveforms: Tensor,
+    num_samples: Tensor,
+    num_mel_bins: int = 80,
+    window: Literal["hamming", "povey"] = "hamming",
+    full_scale: float = 32768.0,
+) -> tuple[Tensor, Tensor]:
+    """Kaldi's log mel filter-bank energies: 25 ms windows every 10 ms, no dither.
+
+    By default as Paraformer takes them. Speaker models take Kaldi's own "povey" window and samples as they are.
 
     Args:
-        waveforms: [B, N] float32 at 16 kHz, within -1..1 (scaled to 16 bits here), zero-padded.
+        waveforms: [B, N] float32 at 16 kHz, within -1..1, zero-padded.
         num_samples: [B] int64.
+        full_scale: what a sample of 1 counts as; the default is that of 16 bits.
 
     Returns:
         features [B, T, M] float32 in nats, zero past the end, and frames [B] int64.
@@ -65,11 +75,10 @@ def kaldi_fbank(waveforms: Tensor, num_samples: Tensor, num_mel_bins: int = 80) 
     num_frames = num_kaldi_frames(num_samples)
     if waveforms.shape[1] < KALDI_FRAME:
         waveforms = F.pad(waveforms, (0, KALDI_FRAME - waveforms.shape[1]))
-    frames = (waveforms * 32768.0).unfold(1, KALDI_FRAME, FRAME_SHIFT)
+    frames = (waveforms * full_scale).unfold(1, KALDI_FRAME, FRAME_SHIFT)
     frames = frames - frames.mean(dim=2, keepdim=True)
     frames = frames - 0.97 * F.pad(frames, (1, 0), mode="replicate")[:, :, :-1]
-    window = torch.hamming_window(KALDI_FRAME, periodic=False, device=frames.device)
-    power = torch.fft.rfft(frames * window, n=512).abs().square()
+    power = torch.fft.rfft(frames * _kaldi_window(window).to(frames.device), n=512).abs().square()
     energies = power @ _kaldi_filters(num_mel_bins).to(power.device)
     features = energies.clamp(min=torch.finfo(torch.float32).eps).log()
     return features * length_mask(num_frames, features.shape[1])[:, :, None], num_frames
@@ -121,6 +130,13 @@ def normalise_log_mel(features: Tensor, num_frames: Tensor) -> Tensor:
     mask = length_mask(num_frames, features.shape[1])[:, :, None]
     peak = features.masked_fill(~mask, -torch.inf).amax(dim=(1, 2), keepdim=True)
     return ((torch.maximum(features, peak - WHISPER_LOG_RANGE) + 4.0) / 4.0).masked_fill(~mask, 0.0)
+
+
+def _kaldi_window(name: Literal["hamming", "povey"]) -> Tensor:
+    """[400]"""
+    if name == "povey":
+        return torch.hann_window(KALDI_FRAME, periodic=False).pow(0.85)
+    return torch.hamming_window(KALDI_FRAME, periodic=False)
 
 
 @lru_cache

@@ -49,3 +49,12 @@ def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> Err
     counted = jiwer.process_words(truth, [normalise(text) for text in hypotheses])
     num_words = counted.hits + counted.substitutions + counted.deletions
     return ErrorRate(100 * counted.wer, num_words, counted.substitutions, counted.deletions, counted.insertions)
+
+
+def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorRate:
+    """As `word_error_rate`, with every letter a word; spaces do not count."""
+    return word_error_rate([_spelt(text) for text in references], [_spelt(text) for text in hypotheses])
+
+
+def _spelt(text: str) -> str:
+    return " ".join(normalise(text).replace(" ", ""))

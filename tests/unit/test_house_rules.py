@@ -22,6 +22,7 @@ LOADED_BY_OTHERS = {"tensorboard"}
 EXTRAS = {
     "benchmarks": ["dev"],
     "stepaudio_train/engines/deepspeed": ["deepspeed"],
+    "stepaudio_train/evaluation/speech_judges.py": ["judges"],
     "stepaudio_train/data/recording_jobs.py": ["datasets"],
     "stepaudio_train/data/tokenize_workers.py": ["ray"],
 }
