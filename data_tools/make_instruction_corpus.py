@@ -95,7 +95,7 @@ PRONOUNCED |= {
 }
 
 
-NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 5000, 600, 1000, 1600
+NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 5000, 600, 2200, 1600
 """Conversations of each kind at scale 1, over all splits."""
 
 
@@ -315,7 +315,7 @@ def make_instruction_corpus(directory: Path, scale: float, seed: int) -> dict[st
     """Write the conversations into `directory`, which must not exist; returns how many each split has.
 
     Args:
-        scale: 1 makes about 7,000 recordings, three hours of speech.
+        scale: 1 makes about 9,000 conversations, three and a half hours of speech.
     """
     (directory / "wav").mkdir(parents=True)
     rng = np.random.default_rng(seed)

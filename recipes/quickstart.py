@@ -41,7 +41,7 @@ ROW_TOKENS = (256, 512, 1024, 2048)
 TOKENS_PER_STEP = 2048
 RESERVE_S = 120.0
 """Kept for evaluation and report when the length of stage 3 is decided on."""
-SFT_TOKENS = 700_000
+SFT_TOKENS = 840_000
 """Of the conversations at scale 1, rows filled up and recordings' encoding counted in."""
 SPOKEN_TEXTS = 4
 MOST_JOINED = 4

@@ -21,7 +21,7 @@ class QuickstartConfig:
     corpus_minutes: float = 45.0
     """Length of the espeak-ng corpus. No effect with `corpus`."""
     instruction_scale: float = 1.0
-    """Size of the corpus of conversations; 1 is about 7,000. No effect with `corpus`, which is not fine-tuned on."""
+    """Size of the corpus of conversations; 1 is about 9,000. No effect with `corpus`, which is not fine-tuned on."""
     heldout_speaker: str | None = None
     """No recording of this speaker is trained on; the report has an error rate of their own."""
     join_max: int | None = None
@@ -36,7 +36,7 @@ class QuickstartConfig:
     stage2_steps: int = 50
     stage3_steps: int = 900
     """The third stage is where the model learns to recognise and to speak."""
-    sft_epochs: float = 6.0
+    sft_epochs: float = 5.0
     """How often fine-tuning goes through the conversations."""
     minutes: float = 25.0
     """What all parts together may take. If the machine is too slow for that, stage 3 gets fewer steps."""
