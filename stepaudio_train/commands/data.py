@@ -77,14 +77,14 @@ def show(options: DataOptions) -> int:
         try:
             document = renderer.render_chat(sample, options.template, options.loss, options.history)
         except RenderError as error:
-            console.print(f"{where}: {error}", style="red")
+            console.print(f"{where}: {error}", style="red", soft_wrap=True)
             continue
         num_taught = int(document.loss_weights.sum())
         title = f"{where}  {sample.record.id}  {TASKS[document.task]}  {len(document)} tokens, {num_taught} teach"
-        console.print(Text(title, style="bold"))
-        console.print(_pieces(document, renderer) if options.ids else _running_text(document, renderer))
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print((_pieces if options.ids else _running_text)(document, renderer), soft_wrap=True)
     for refusal in found.refused:
-        console.print(f"{refusal.name}: {refusal.reason}", style="red")
+        console.print(f"{refusal.name}: {refusal.reason}", style="red", soft_wrap=True)
     return 1 if found.refused else 0
 
 
