@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         data.add_data,
         models.add_generate,
         models.add_evaluate,
+        models.add_resynthesize,
         models.add_convert,
         models.add_export,
         models.add_plan,

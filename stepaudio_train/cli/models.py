@@ -108,6 +108,26 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--truth", type=Path, metavar="FILE", help="true recordings of what was asked for")
 
 
+def add_resynthesize(commands: argparse._SubParsersAction) -> None:
+    parser = command(
+        commands,
+        "resynthesize",
+        _resynthesize,
+        "recordings to speech tokens and back to sound",
+        needs="a speech decoder (runs of `flow` and `vocoder`) and the speech tokenizer it was trained with.",
+        example="stepaudio resynthesize hello.wav --decoder runs/flow --vocoder runs/vocoder "
+        "--speech-tokenizer runs/tokenizer --output heard",
+    )
+    add = parser.add_argument
+    add("sources", type=Path, nargs="+", metavar="FILE", help="recordings, and folders of them")
+    add("--decoder", type=Path, required=True, metavar="DIR", help="run directory of `stepaudio run flow`")
+    add("--vocoder", type=Path, metavar="DIR", help="run directory of `stepaudio run vocoder` (default: the decoder's)")
+    add("--speech-tokenizer", type=Path, required=True, metavar="DIR", help="speech tokenizer")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--format", choices=("wav", "flac"), help="of the files (default wav)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where the models run (default auto)")
+
+
 def add_convert(commands: argparse._SubParsersAction) -> None:
     parser = command(
         commands,
@@ -207,6 +227,12 @@ def _generate(options: argparse.Namespace) -> int:
     from stepaudio_train.commands.generate import GenerateOptions, run_generation
 
     return run_generation(typed(GenerateOptions, options))
+
+
+def _resynthesize(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.resynthesize import ResynthesizeOptions, run_resynthesis
+
+    return run_resynthesis(typed(ResynthesizeOptions, options))
 
 
 def _convert(options: argparse.Namespace) -> int:

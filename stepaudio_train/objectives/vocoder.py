@@ -25,30 +25,30 @@ class JudgedSpeech:
     """[B, N] float32."""
     f0_hz: Tensor
     """[B, T], 0 where there is no voice. Recorded: measured; generated: predicted from the mel."""
-    scores: Sequence[Tensor]
-    """A discriminator each: [B, any]."""
-    features: Sequence[Sequence[Tensor]]
+    scores: Sequence[Tensor] = ()
+    """A discriminator each: [B, any]; none before there are discriminators."""
+    features: Sequence[Sequence[Tensor]] = ()
     """A discriminator each, a layer each: any shape."""
 
 
 def generator_losses(
     recorded: JudgedSpeech, generated: JudgedSpeech, mel: MelConfig, weights: VocoderLossConfig
 ) -> dict[str, Tensor]:
-    """The vocoder's losses by name, scalars; `loss` is their weighted sum, the others are not weighted."""
-    adversarial = deceiving_loss(generated.scores)
+    """The vocoder's losses by name, scalars; `loss` is their weighted sum, the others are not weighted.
+
+    Without scores, `mel` and `f0` alone.
+    """
     spectral = mel_loss(recorded.waveforms, generated.waveforms, mel)
+    f0 = F.l1_loss(generated.f0_hz, recorded.f0_hz)
+    loss = weights.mel * spectral + weights.f0 * f0
+    if not generated.scores:
+        return {"loss": loss, "mel": spectral, "f0": f0}
+    adversarial = deceiving_loss(generated.scores)
     features = feature_matching_loss(recorded.features, generated.features)
     relativistic = relativistic_loss(generated.scores, recorded.scores, weights.relativistic_limit)
-    f0 = F.l1_loss(generated.f0_hz, recorded.f0_hz)
-    loss = (
-        adversarial
-        + weights.mel * spectral
-        + weights.features * features
-        + weights.relativistic * relativistic
-        + weights.f0 * f0
-    )
-    parts = {"adversarial": adversarial, "mel": spectral, "features": features}
-    return {"loss": loss, **parts, "relativistic": relativistic, "f0": f0}
+    loss = loss + adversarial + weights.features * features + weights.relativistic * relativistic
+    judged = {"adversarial": adversarial, "features": features, "relativistic": relativistic}
+    return {"loss": loss, "mel": spectral, "f0": f0, **judged}
 
 
 def discriminator_losses(

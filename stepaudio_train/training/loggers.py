@@ -7,18 +7,27 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from stepaudio_train.config.compose import to_mapping
-from stepaudio_train.config.schema import RunConfig
+from stepaudio_train.config.schema import LoggingConfig
 from stepaudio_train.training.run_directory import RunDirectory
+
+
+class LoggedConfig(Protocol):
+    """The configuration of a run, a dataclass."""
+
+    @property
+    def logging(self) -> LoggingConfig: ...
 
 
 class MetricsLogger:
     """Writes one JSON line a step, and mirrors it. Only the main rank has one."""
 
-    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
-        self._file = run.metrics_file.open("a", encoding="utf-8", buffering=1)
+    def __init__(self, run: RunDirectory, config: LoggedConfig) -> None:
+        self._metrics_file = run.metrics_file
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.logging.tensorboard:
@@ -31,7 +40,9 @@ class MetricsLogger:
     def write(self, metrics: dict[str, float | int]) -> None:
         """`metrics` has `step`; a value that is not finite becomes null, which is what JSON has for it."""
         clean = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in metrics.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        # Opened anew: a run that goes on puts a shorter file in its place.
+        with self._metrics_file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(clean) + "\n")
         step = int(metrics["step"])
         if self._tensorboard is not None:
             for name, value in metrics.items():
@@ -39,8 +50,12 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
+    def write_audio(self, name: str, waveform: Tensor, sample_rate_hz: int, step: int) -> None:
+        """Let TensorBoard play [samples] float32."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_audio(name, waveform.clamp(-1, 1)[None], step, sample_rate_hz)
+
     def close(self) -> None:
-        self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -60,7 +75,7 @@ def log_to_file(folder: Path, rank: int) -> None:
         root.addHandler(handler)
 
 
-def _start_wandb(run: RunDirectory, config: RunConfig) -> Any:
+def _start_wandb(run: RunDirectory, config: LoggedConfig) -> Any:
     import wandb
 
     mode = config.logging.wandb

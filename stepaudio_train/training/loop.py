@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import time
 from collections.abc import Sequence
-from types import FrameType
 from typing import Protocol
 
 import torch
@@ -27,6 +25,7 @@ from stepaudio_train.training.loggers import MetricsLogger
 from stepaudio_train.training.report import read_metrics, write_run_report
 from stepaudio_train.training.run_directory import RunDirectory
 from stepaudio_train.training.schedule import learning_rate_at
+from stepaudio_train.training.stop_signal import StopOnSignal
 from stepaudio_train.training.throughput import peak_flops_per_s, sum_of_squared_lengths, training_flops
 from stepaudio_train.training.weights import export, initialise
 
@@ -69,7 +68,7 @@ def fit(
         run.truncate_metrics(state.step)
     engine.barrier()
     early_stop = EarlyStop(training.early_stop, state.best)
-    stop = _StopOnSignal()
+    stop = StopOnSignal()
     meter = _Meter(config, engine, state)
     logger = MetricsLogger(run, config) if engine.is_main else None
     bar = tqdm(
@@ -160,23 +159,6 @@ def _losses_at(step: int, run: RunDirectory) -> dict[str, float]:
     lines = (line for line in read_metrics(run.metrics_file) if line["step"] == step)
     metrics = next(lines, {})
     return {name: value for name, value in metrics.items() if name.removeprefix("val/").startswith("loss")}
-
-
-class _StopOnSignal:
-    """Remembers a SIGTERM (from a scheduler) or SIGINT, so that the step in hand can end and be saved."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class _Meter:

@@ -11,7 +11,6 @@ from typing import IO, Any
 
 from stepaudio_train.config.compose import read_config, save_config, to_mapping
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.schema import RunConfig
 
 # What may differ when a run goes on: how it is computed, watched and kept, not what is learned from what.
 _FREE_TO_CHANGE = (
@@ -32,6 +31,10 @@ _FREE_TO_CHANGE = (
     "training.num_samples",
     "training.export_hf",
     "model.init",
+    "init",
+    "device",
+    "num_workers",
+    "release",
 )
 
 
@@ -65,8 +68,8 @@ class RunDirectory:
     def export(self) -> Path:
         return self.path / "export"
 
-    def claim(self, config: RunConfig) -> None:
-        """Take the folder for this process, new or to go on with; write the resolved configuration.
+    def claim(self, config: Any) -> None:
+        """Take the folder for this process, new or to go on with; write the resolved configuration, a dataclass.
 
         Raises:
             ConfigError: another process runs in it, it holds something else, or another configuration made it.
@@ -123,7 +126,7 @@ class RunDirectory:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
-    def _refuse_other_settings(self, config: RunConfig) -> None:
+    def _refuse_other_settings(self, config: Any) -> None:
         before = _flat(to_mapping(read_config(type(config), self.config_file)))
         now = _flat(to_mapping(config))
         changed = [

@@ -1,0 +1,85 @@
+"""Training of the flow on several processes: the same loss and weights as on one, and a run that ends whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from recipes.flow import main
+from stepaudio_train.config.decoder import FlowConfig
+from stepaudio_train.config.flow_training import FlowTrainConfig, FlowTrainingConfig
+from stepaudio_train.config.schema import LoggingConfig
+from stepaudio_train.data.paired_speech import PairedClip
+from stepaudio_train.engines.process_group import join_process_group
+from stepaudio_train.models.decoder.flow_files import load_flow
+from stepaudio_train.models.decoder.flow_loss import FlowBatch, FlowDraws
+from stepaudio_train.testing.distributed import run_distributed
+from stepaudio_train.testing.paired_data import write_paired_corpus
+from stepaudio_train.training.flow import FlowLearner, flow_batch
+
+PRELOAD = ["recipes.flow", "stepaudio_train.testing.paired_data"]
+CONFIG = FlowTrainConfig(
+    flow=FlowConfig(
+        hidden_size=32,
+        ffn_size=32,
+        num_blocks=1,
+        decoder_channels=32,
+        decoder_head_size=16,
+        decoder_mid_blocks=1,
+        dropout=0.0,
+    ),
+    logging=LoggingConfig(tensorboard=False, wandb="disabled", progress_bar=False),
+    device="cpu",
+)
+
+
+def drawn_of_content(batch: FlowBatch, generator: torch.Generator) -> FlowDraws:
+    """No chance, so that a clip's draws do not depend on the process that has it."""
+    size = len(batch.tokens)
+    return FlowDraws(
+        torch.full((size,), 0.5), torch.sin(batch.mel), batch.num_frames // 4, torch.ones(size, dtype=torch.bool)
+    )
+
+
+def learned(num_steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    join_process_group(torch.device("cpu"))
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    FlowDraws.draw = drawn_of_content
+    generator = torch.Generator().manual_seed(0)
+    clips = [
+        PairedClip(
+            torch.randint(0, 5120, (length,), generator=generator),
+            torch.randn(CONFIG.flow.num_frames(length), 80, generator=generator),
+            torch.randn(192, generator=generator),
+        )
+        for length in (10, 30, 20, 25)
+    ]
+    learner = FlowLearner(CONFIG, [], torch.device("cpu"))
+    losses = [learner.step(n, flow_batch(clips[rank::num_ranks]))["loss"] for n in range(1, num_steps + 1)]
+    return losses, {name: tensor.detach() for name, tensor in learner.average.state_dict().items()}
+
+
+def test_two_processes_learn_what_one_learns():
+    ((losses, weights),) = run_distributed(learned, 1, 2, preload=PRELOAD)
+    for other_losses, other_weights in run_distributed(learned, 2, 2, preload=PRELOAD):
+        torch.testing.assert_close(torch.tensor(other_losses), torch.tensor(losses), atol=1e-5, rtol=1e-5)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(other_weights[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_of_two_processes_ends_with_one_result(tmp_path):
+    corpus = write_paired_corpus(tmp_path, num_clips=12)
+    config = replace(
+        CONFIG,
+        run_dir=str(tmp_path / "run"),
+        corpus=str(corpus.prepared),
+        tokens=str(corpus.tokens),
+        training=FlowTrainingConfig(max_steps=3, log_every=1, eval_every=3, batch_frames=300),
+    )
+    run_distributed(main, 2, config, preload=PRELOAD)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[2]["val/loss"] > 0
+    assert load_flow(tmp_path / "run").config == config.flow
