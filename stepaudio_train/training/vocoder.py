@@ -132,8 +132,9 @@ class VocoderLearner:
         waveforms, f0_hz = self._synthesise(mel, number)
         speech = [JudgedSpeech(recorded, batch.f0_hz.to(self._device)), JudgedSpeech(waveforms, f0_hz)]
         found: dict[str, Tensor] = {}
-        if number > self._config.training.discriminators_from:
-            found["loss/discriminators"] = self._teach_discriminators(recorded, waveforms.detach(), number)
+        turn = number - self._config.training.discriminators_from
+        if turn > 0:
+            found["loss/discriminators"] = self._teach_discriminators(recorded, waveforms.detach(), turn)
             speech = [self._judged(each) for each in speech]
         losses = generator_losses(*speech, self._config.vocoder.mel, self._config.losses)
         found |= {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
@@ -193,12 +194,12 @@ class VocoderLearner:
             sources.append(self.vocoder.m_source(f0_hz[row : row + 1], state, generator)[0])
         return self.vocoder.decode(mel, torch.cat(sources)), f0_hz
 
-    def _teach_discriminators(self, recorded: Tensor, generated: Tensor, number: int) -> Tensor:
-        """One update of the discriminators; this process's share of their loss."""
+    def _teach_discriminators(self, recorded: Tensor, generated: Tensor, turn: int) -> Tensor:
+        """The discriminators' update with this number; this process's share of their loss."""
         self.discriminators.requires_grad_(True)
         scores = [self.discriminators(waveforms).scores for waveforms in (recorded, generated)]
         loss = discriminator_losses(*scores, self._config.losses)["loss"]
-        self._judges_optimiser.update(loss, number)
+        self._judges_optimiser.update(loss, turn)
         # In the vocoder's turn they are only asked.
         self.discriminators.requires_grad_(False)
         return loss

@@ -168,3 +168,4 @@ def test_the_released_sizes_compose(tmp_path: Path):
     )
     assert config.vocoder == VocoderConfig.released()
     assert config.discriminators == DiscriminatorConfig.full_size()
+    assert config.training.discriminators_from == 0 and config.optimizer.half_life_steps is None
