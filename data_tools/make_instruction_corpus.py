@@ -165,7 +165,7 @@ class Studio:
             speech = self._on_beats([self._alone(spoken, word, RAP_RATE_WPM, 35) for word in spoken.words])
         else:
             speech, _ = self._espeak.synthesise(spoken)
-        return self._write(speech, replace(spoken, speaker=name), language, STUDIO)
+        return self._write(speech, spoken, language, STUDIO)
 
     def _alone(self, utterance: Utterance, word: str, rate_wpm: int, pitch: int) -> np.ndarray:
         """One word, monotone, without the silence around it."""

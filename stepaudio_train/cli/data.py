@@ -144,7 +144,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         add = parser.add_argument
         add("file", type=Path, metavar="FILE", help="conversations")
         add("--text-tokenizer", type=Path, required=True, metavar="FILE", help="SentencePiece file")
-        add("--template", choices=("tts", "chat"), help="how turns are opened (default tts)")
+        add("--template", choices=("tts", "tts_bos", "chat"), help="how turns are opened (default tts)")
         add("--loss", choices=("last", "all"), help="which answers teach (default last)")
         add("--history", choices=("text", "audio"), help="earlier recordings of a dialogue (default text)")
         add("--own-tags", nargs="+", metavar="TAG", help="instruction tags besides the paper's")

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from stepaudio_train.config.compose import read_config
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.sft import SftConfig, SftDataConfig
-from stepaudio_train.data.chat import task_of
 from stepaudio_train.data.conversation_files import (
     ConversationFile,
     EncodedConversations,
@@ -19,12 +18,12 @@ from stepaudio_train.data.conversation_files import (
     encode_conversations,
 )
 from stepaudio_train.data.files import write_atomically
-from stepaudio_train.data.render import TokenSample
 from stepaudio_train.data.tags import TagVocabulary
 from stepaudio_train.evaluation.answers import (
-    WRITTEN_TASKS,
     Answered,
     answer_all,
+    answerable,
+    is_spoken,
     score,
     spoken_line,
     with_exchanged_audio,
@@ -64,28 +63,29 @@ def evaluate_answers(options: AnswersOptions) -> dict[str, Any]:
     data = fine_tuning_data(options.model)
     files = [options.file, *([] if options.reference is None else [options.reference])]
     found = _encoded(files, data, options)
-    samples = [sample for _, sample in found[0].samples if sample.record.messages[-1].role == "assistant"]
-    if not samples:
-        refused = "; ".join(f"{r.name}: {r.reason}" for r in found[0].refused[:3])
-        raise UserError(f"{options.file}: no conversation with an answer can be used ({refused or 'it is empty'})")
     model = SpeechTextModel.from_directory(options.model / "export", options.device)
+    samples, refused = answerable(found[0], model.renderer, data.template, data.history)
+    samples = [sample for sample in samples if sample.record.messages[-1].role == "assistant"]
+    if not samples:
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused[:3])
+        raise UserError(f"{options.file}: no conversation with an answer can be used ({reasons or 'it is empty'})")
     sampling = SamplingConfig(options.max_new_tokens, options.temperature, options.top_k)
     answered = answer_all(model, samples, sampling, data.template, data.history, options.seed)
     # Written answers alone: whether a spoken one is right, its text does not tell.
-    exchanged = [one for one in with_exchanged_audio(samples) if _is_written(one)]
+    exchanged = [one for one in with_exchanged_audio(samples) if not is_spoken(one)]
     exchanged_answers = answer_all(model, exchanged, sampling, data.template, data.history, options.seed)
     vocabulary = model.renderer.vocabulary
     _write_lines(options.output / "answers.jsonl", (one.line(vocabulary) for one in answered))
     for name, conversations in zip(("truth", "reference"), found, strict=False):
-        spoken = [sample for _, sample in conversations.samples if not _is_written(sample)]
+        spoken = [sample for _, sample in conversations.samples if is_spoken(sample)]
         folder = conversations.path.resolve().parent
         _write_lines(options.output / f"{name}.jsonl", (spoken_line(sample, folder, vocabulary) for sample in spoken))
     result = {
         "scores": {task: asdict(scores) for task, scores in score(answered).items()},
         "scores_exchanged_audio": {task: asdict(scores) for task, scores in score(exchanged_answers).items()},
         "unended": sum(not one.answer.ended for one in answered),
-        "num_refused": len(found[0].refused),
-        "refused": [asdict(refusal) for refusal in found[0].refused],
+        "num_refused": len(refused),
+        "refused": [asdict(refusal) for refusal in refused],
         "examples": _examples(answered),
     }
     # Written last: a folder with answers.json is whole.
@@ -125,16 +125,12 @@ def _encoded(paths: Sequence[Path], data: SftDataConfig, options: AnswersOptions
     return encode_conversations(files, tokenizer, options.model / "tokens", worker)
 
 
-def _is_written(sample: TokenSample) -> bool:
-    return task_of(sample.record) in WRITTEN_TASKS
-
-
 def _examples(answered: Sequence[Answered]) -> dict[str, list[dict[str, str]]]:
     """Some written answers of each task, wrong ones first, since they tell more."""
     shown: dict[str, list[dict[str, str]]] = {}
     for one in sorted(answered, key=lambda one: one.reference == one.answer.text):
         examples = shown.setdefault(one.task, [])
-        if one.task in WRITTEN_TASKS and len(examples) < _SHOWN_EXAMPLES:
+        if not is_spoken(one.sample) and len(examples) < _SHOWN_EXAMPLES:
             examples.append({"id": one.sample.record.id, "reference": one.reference, "answer": one.answer.text})
     return {task: examples for task, examples in shown.items() if examples}
 

@@ -16,9 +16,9 @@ from stepaudio_train.commands.evaluate import fine_tuning_data
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.data.conversation_files import ConversationFile, Worker, encode_conversations
 from stepaudio_train.data.records import AudioPart, Record, TextPart, read_records, speech_record, text_record
-from stepaudio_train.data.render import RenderError, TokenSample
-from stepaudio_train.data.sources import Refusal
+from stepaudio_train.data.render import TokenSample
 from stepaudio_train.data.tags import TagVocabulary
+from stepaudio_train.evaluation.answers import answerable
 from stepaudio_train.rollout.generate import generate
 from stepaudio_train.rollout.sampling import SamplingConfig
 from stepaudio_train.rollout.speech_text import SpeechTextModel
@@ -100,14 +100,8 @@ def _chat(options: GenerateOptions) -> int:
         raise UserError("there are recordings; type --speech-tokenizer DIR, the one the model was trained with")
     with TemporaryDirectory() as cache:
         (found,) = encode_conversations([file], tokenizer, Path(cache), Worker(device=options.device))
-    model, samples, refused = _model(options), [], list(found.refused)
-    for where, sample in found.samples:
-        try:
-            model.renderer.render_chat_prompt(sample, data.template, data.history)
-        except RenderError as error:
-            refused.append(Refusal(where, str(error)))
-        else:
-            samples.append(sample)
+    model = _model(options)
+    samples, refused = answerable(found, model.renderer, data.template, data.history)
     for refusal in refused:
         sys.stderr.write(f"left out: {refusal.name}: {refusal.reason}\n")
     if not samples:

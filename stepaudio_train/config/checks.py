@@ -35,6 +35,11 @@ def sft_problems(config: SftConfig) -> list[str]:
         problems.append(f"data.speech_tokenizer={data.speech_tokenizer}: no such folder")
     if not 0 < data.epochs < math.inf:
         problems.append(f"data.epochs={data.epochs}: must be over 0")
+    for task, weight in data.task_weights.items():
+        if not 0 < weight < math.inf:
+            problems.append(
+                f"data.task_weights.{task}={weight}: must be over 0; leave conversations out of the file instead"
+            )
     if config.model.init is None:
         problems.append("model.init: fine-tuning goes on from trained weights; type model.init=DIR")
     elif Path(config.model.init).is_dir():

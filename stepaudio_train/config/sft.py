@@ -11,7 +11,7 @@ from stepaudio_train.config.shorthand import NamedByFile
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
-ChatTemplate = Literal["tts", "chat"]
+ChatTemplate = Literal["tts", "tts_bos", "chat"]
 AnswerLoss = Literal["last", "all"]
 ChatHistory = Literal["text", "audio"]
 ChatTask = Literal["asr", "tts", "tqta", "aqta", "taqta", "aqaa", "edit", "tool", "role_play"]
@@ -29,7 +29,7 @@ class SftDataConfig(NamedByFile):
     """JSONL file, a conversation a line (docs/fine_tuning.md). Required."""
     template: ChatTemplate = "tts"
     """How turns are opened, as the released models were: `<|BOT|> human` (tts: TTS-3B, EditX) or `<|BOT|>human`
-    (chat: Chat)."""
+    (chat: Chat). tts_bos: `<|BOT|><s> human`, which StepFun's own tts.py feeds TTS-3B."""
     loss: AnswerLoss = "last"
     """Which of a conversation's answers teach; the paper trains on the last one (5.2)."""
     history: ChatHistory = "text"

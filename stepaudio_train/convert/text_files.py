@@ -36,7 +36,9 @@ _TURNS = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|BOT|>SPACEassistant\n' -}}{%- endif -%}"
 )
-CHAT_TEMPLATES: dict[ChatTemplate, str] = {"chat": _TURNS.replace("SPACE", ""), "tts": _TURNS.replace("SPACE", " ")}
+CHAT_TEMPLATES: dict[ChatTemplate, str] = {
+    name: _TURNS.replace("SPACE", opening) for name, opening in {"chat": "", "tts": " ", "tts_bos": "<s> "}.items()
+}
 """What fine-tuning renders (data/chat.py), so that a model is served with the ids it was trained on. The released
 templates differ from how the released models were served: they leave out `<s>`, and Chat's adds a system turn."""
 

@@ -1,9 +1,10 @@
-"""Turns of a conversation as ids, in the two released formats (formats.md 2.3, 2.4).
+"""Turns of a conversation as ids, in the released formats (formats.md 2.3, 2.4).
 
     tts   <s> <|BOT|> system\\n content <|EOT|> <|BOT|> human\\n content <|EOT|> <|BOT|> assistant\\n content <|EOT|>
     chat  <s> <|BOT|>system\\n content <|EOT|> <|BOT|>human\\n content <|EOT|> <|BOT|>assistant\\n content <|EOT|>
 
-They differ in the space before the role, which makes another id of it. Content is text and the bare ids of audio, in
+They differ in the space before the role, which makes another id of it. A third, tts_bos, is tts with `<s>` behind every
+`<|BOT|>`: what StepFun's tts.py feeds with the transformers it pins. Content is text and the bare ids of audio, in
 the order of the parts. `data/render.py` is the door to this: the ids that train and those that serve come from here.
 """
 
@@ -23,9 +24,13 @@ from stepaudio_train.data.records import AudioPart, Message, Part, Record, Role,
 from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Special
 
-_SPEECH_TASKS: tuple[ChatTask, ...] = ("asr", "tts", "edit")
+SPEECH_TASKS: tuple[ChatTask, ...] = ("asr", "tts", "edit")
 """In these an earlier recording is the voice to speak in, or what to edit; the others are dialogues."""
-_OPENINGS: dict[ChatTemplate, str] = {"tts": "<|BOT|> {role}\n", "chat": "<|BOT|>{role}\n"}
+_OPENINGS: dict[ChatTemplate, str] = {
+    "tts": "<|BOT|> {role}\n",
+    "tts_bos": "<|BOT|><s> {role}\n",
+    "chat": "<|BOT|>{role}\n",
+}
 _FOLLOWS: dict[Role | None, tuple[Role, ...]] = {
     None: ("system", "human", "tool_json_schemas"),
     "system": ("human", "tool_json_schemas"),
@@ -89,7 +94,10 @@ class ChatFormat:
         return content
 
     def _text(self, number: int, role: Role, parts: Iterable[Part]) -> list[int]:
-        text = "".join(_call(part) if isinstance(part, ToolCall) else part.text or "" for part in parts)
+        text = "".join(
+            f"<|CALL_START|>{tool_call_text(part)}<|CALL_END|>" if isinstance(part, ToolCall) else part.text or ""
+            for part in parts
+        )
         # Behind a line's end the first word gets no word mark, as in the released programs.
         line_end = self.text_tokenizer.encode("\n")
         ids = self.text_tokenizer.encode("\n" + text)[len(line_end) :]
@@ -131,7 +139,7 @@ def turns_of(record: Record, audio_history: bool = False) -> tuple[Message, ...]
     messages = record.messages
     if record.task is not None:
         _require_kind(record.task, messages)
-    if not audio_history and _is_dialogue(record):
+    if not audio_history and is_dialogue(record):
         messages = history_as_text(messages)
     if record.task == "taqta":
         messages = _with_transcript(messages)
@@ -170,10 +178,14 @@ def require_order(messages: Sequence[Message]) -> None:
         before = message.role
 
 
-def _is_dialogue(record: Record) -> bool:
+def is_dialogue(record: Record) -> bool:
+    """Whether earlier recordings go in as their transcripts.
+
+    Without a task, where a human speaks: what the assistant alone says aloud is a voice to speak in.
+    """
     # Never told by the answer, which is not there when the same conversation is served.
     if record.task is not None:
-        return record.task not in _SPEECH_TASKS
+        return record.task not in SPEECH_TASKS
     return any(_has_audio(message) for message in record.messages if message.role == "human")
 
 
@@ -227,9 +239,9 @@ def _written(number: int, part: Part) -> Part:
     return TextPart(part.text)
 
 
-def _call(call: ToolCall) -> str:
-    """As the released chat model writes a call (formats.md 2.4)."""
-    return f"<|CALL_START|> function\n{call.name}\n{json.dumps(call.arguments, ensure_ascii=False)}<|CALL_END|>"
+def tool_call_text(call: ToolCall) -> str:
+    """A call as the released chat model writes it, without the control pieces around it (formats.md 2.4)."""
+    return f" function\n{call.name}\n{json.dumps(call.arguments, ensure_ascii=False)}"
 
 
 def _last(messages: Sequence[Message], role: str) -> Message | None:

@@ -22,8 +22,16 @@ from tqdm import tqdm
 
 from stepaudio_train.audio.features import SAMPLE_RATE_HZ
 from stepaudio_train.config.errors import UserError
-from stepaudio_train.config.sft import ChatHistory, ChatTask
-from stepaudio_train.data.chat import TurnError, history_as_text, require_order, task_of, turns_of
+from stepaudio_train.config.sft import ChatHistory
+from stepaudio_train.data.chat import (
+    SPEECH_TASKS,
+    TurnError,
+    history_as_text,
+    is_dialogue,
+    require_order,
+    task_of,
+    turns_of,
+)
 from stepaudio_train.data.endpoint_rewriter import EndpointRewriter, RewriteCache
 from stepaudio_train.data.files import replacing, write_atomically
 from stepaudio_train.data.importers.base import Recordings
@@ -48,8 +56,6 @@ SpokenStyle = Literal["rules", "endpoint"]
 Step = Callable[[Record], Record | str]
 """A record -> the record as it goes on, or why it does not."""
 
-_SPEECH_TASKS: tuple[ChatTask, ...] = ("asr", "tts", "edit")
-"""No dialogues: their answers are words that were said, and their earlier recordings a voice."""
 _NAMED_REFUSALS = 10
 _WAITING_PER_WORKER = 4
 
@@ -189,7 +195,7 @@ def with_spoken_answers(record: Record, rewriter: Rewriter, language: str | None
 
     Answers with recordings stay as they are, and so do transcripts, also the one that TAQTA's answer begins with.
     """
-    if task_of(record) in _SPEECH_TASKS:
+    if task_of(record) in SPEECH_TASKS:
         return record
     question, messages = Message("human", ()), []
     for number, message in enumerate(record.messages, 1):
@@ -215,7 +221,7 @@ def with_spoken_answers(record: Record, rewriter: Rewriter, language: str | None
 
 def with_text_history(record: Record) -> Record | str:
     """The record with the recordings before the last question of a dialogue replaced by their transcripts."""
-    if task_of(record) in _SPEECH_TASKS:
+    if not is_dialogue(record):
         return record
     try:
         return replace(record, messages=history_as_text(record.messages))

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from stepaudio_train.config.sft import ChatHistory, ChatTemplate
-from stepaudio_train.data.chat import task_of
-from stepaudio_train.data.records import AudioPart, Message, Record, TextPart
-from stepaudio_train.data.render import TokenSample
+from stepaudio_train.data.chat import task_of, tool_call_text, turns_of
+from stepaudio_train.data.conversation_files import EncodedConversations
+from stepaudio_train.data.records import AudioPart, Message, Record, ToolCall
+from stepaudio_train.data.render import Renderer, RenderError, TokenSample
+from stepaudio_train.data.sources import Refusal
 from stepaudio_train.evaluation.word_errors import normalise, word_error_rate
 from stepaudio_train.rollout.sampling import SamplingConfig
 from stepaudio_train.rollout.speech_text import Answer, SpeechTextModel
 from stepaudio_train.tokenizers.dual import audio_ids_to_text, merge_streams
 from stepaudio_train.tokenizers.speech import SpeechTokens
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
-
-WRITTEN_TASKS = ("asr", "tqta", "aqta", "taqta", "tool", "role_play")
-"""Answered in text, by the most likely tokens. The others are spoken, and drawn."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,11 @@ class Answered:
 
     @property
     def reference(self) -> str:
-        """The written answer, or what the spoken one says."""
-        last = self.sample.record.messages[-1]
-        return "".join(p.text or "" for p in last.content if isinstance(p, TextPart | AudioPart))
+        """The written answer as it is taught, or what the spoken one says."""
+        # Of a call, what is left without the control pieces around it: they are not in `answer.text` either.
+        last = turns_of(self.sample.record, audio_history=True)[-1]
+        parts = (tool_call_text(p) if isinstance(p, ToolCall) else p.text or "" for p in last.content)
+        return "".join(parts)
 
     def line(self, vocabulary: Vocabulary) -> dict[str, Any]:
         """For answers.jsonl: with the record's `meta`, what `stepaudio evaluate control` takes."""
@@ -86,11 +87,32 @@ def answer_all(
     return [answered[index] for index in range(len(samples))]
 
 
+def is_spoken(sample: TokenSample) -> bool:
+    """Whether the conversation's own answer is. Written answers take the most likely tokens, spoken ones are drawn."""
+    last = sample.record.messages[-1]
+    return last.role == "assistant" and any(isinstance(part, AudioPart) for part in last.content)
+
+
+def answerable(
+    found: EncodedConversations, renderer: Renderer, template: ChatTemplate, history: ChatHistory
+) -> tuple[list[TokenSample], list[Refusal]]:
+    """The conversations that can be put to a model, and the lines that cannot, each with the reason."""
+    samples, refused = [], list(found.refused)
+    for where, sample in found.samples:
+        try:
+            renderer.render_chat_prompt(sample, template, history)
+        except RenderError as error:
+            refused.append(Refusal(where, str(error).removeprefix(f"{sample.record.id}: ")))
+        else:
+            samples.append(sample)
+    return samples, refused
+
+
 def score(answered: Sequence[Answered]) -> dict[str, Scores]:
-    """By task, of the written answers."""
+    """By task, of the written answers whose references have words."""
     by_task: dict[str, list[Answered]] = defaultdict(list)
     for one in answered:
-        if one.task in WRITTEN_TASKS:
+        if not is_spoken(one.sample) and normalise(one.reference):
             by_task[one.task].append(one)
     return {task: _scores(found) for task, found in sorted(by_task.items())}
 
@@ -129,7 +151,7 @@ def _scores(answered: Sequence[Answered]) -> Scores:
 
 
 def _indices(samples: Sequence[TokenSample], written: bool) -> list[int]:
-    return [i for i, sample in enumerate(samples) if (task_of(sample.record) in WRITTEN_TASKS) == written]
+    return [i for i, sample in enumerate(samples) if is_spoken(sample) != written]
 
 
 def _question(record: Record) -> int:

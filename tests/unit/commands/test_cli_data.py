@@ -127,7 +127,7 @@ def test_a_fine_tuned_model_answers_conversations(folders: Path, capsys: pytest.
     assert main(["generate", str(folders / "run"), "--task", "chat", "--records", str(file)]) == 1  # one is left out
     told = capsys.readouterr()
     assert [json.loads(line)["id"] for line in told.out.splitlines()] == ["c1", "c2"]
-    assert f"{file}:3: c3: has no turn to answer" in told.err
+    assert f"{file}:3: has no turn to answer" in told.err
     heard = generate(folders, capsys, "--task", "chat", "--audio", str(folders / "audio" / "one_0.wav"))
     assert heard[0]["id"] == "one_0" and {"text", "ended"} <= heard[0].keys()
     # What is asked is what was trained on: the same prompt by the renderer gives the same answer.
