@@ -11,61 +11,57 @@ vocoder` in the same folder it is a speech decoder.
 """
 
 import logging
-import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from stepaudio_train.audio.features import batches_of_like_length
 from stepaudio_train.config.compose import run_recipe
 from stepaudio_train.config.flow_training import FlowTrainConfig, flow_train_problems
 from stepaudio_train.data.paired_speech import PairedSpeech
-from stepaudio_train.engines.process_group import join_process_group, own_device
 from stepaudio_train.models.decoder.flow_files import NoSpeaker, copy_speaker, load_speaker, save_flow
 from stepaudio_train.models.decoder.flow_loss import FlowBatch
-from stepaudio_train.training.flow import FlowLearner, flow_batch
-from stepaudio_train.training.learning import learn
-from stepaudio_train.training.loggers import MetricsLogger, log_to_file
-from stepaudio_train.training.run_directory import RunDirectory
+from stepaudio_train.training.flow import FlowLearner, flow_batch, mean_mels
+from stepaudio_train.training.learning import learn, started
 
 log = logging.getLogger("flow")
 
 
 def main(config: FlowTrainConfig) -> None:
-    run, is_main = RunDirectory(config.run_dir), int(os.environ.get("RANK", "0")) == 0
-    if is_main:
-        run.claim(config)
-    device = own_device(config.device)
-    join_process_group(device)
-    dist.barrier()
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    log_to_file(run.logs, rank)
-    logger = MetricsLogger(run, config) if is_main else None
-    try:
+    with started(config) as (run, logger, device):
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
         share_frames = config.training.batch_frames // num_ranks
         speech = _speech(config, config.train_split)
-        held_out = _held_out(config) if is_main else []
+        held_out = [] if logger is None else _held_out(config)
         log.info("%d recordings to learn from", len(speech))
-        learner = FlowLearner(config, held_out, device)
+        learner = FlowLearner(config, held_out, device, _code_mels(config, speech))
 
         def batches(first: int) -> Iterable[FlowBatch]:
             own = islice(speech.batches(share_frames, config.seed), (first - 1) * num_ranks + rank, None, num_ranks)
             return DataLoader(speech, batch_sampler=own, collate_fn=flow_batch, num_workers=config.num_workers)
 
         finished = learn(config, learner, batches, run, logger)
-        if finished and is_main:
+        if finished and logger is not None:
             save_flow(learner.average, run.path)
             if config.speaker is not None:
                 copy_speaker(Path(config.speaker), run.path)
         log.info("%s: %s", "finished" if finished else "stopped; the same command goes on from here", run.path)
-    finally:
-        if logger is not None:
-            logger.close()
-        dist.destroy_process_group()
-        run.release()
+
+
+def _code_mels(config: FlowTrainConfig, speech: PairedSpeech) -> Tensor | None:
+    """What the embedding begins with; None: at random, or given weights."""
+    count = min(config.training.embedding_clips, len(speech))
+    if not count or config.init is not None:
+        return None
+    # Clips from all over the corpus, other ones for each process.
+    own = range(dist.get_rank(), count, dist.get_world_size())
+    shown = tqdm(own, desc="sound of each code", unit="clip", dynamic_ncols=True)
+    return mean_mels((speech[number * len(speech) // count] for number in shown), config.flow)
 
 
 def _speech(config: FlowTrainConfig, split: str) -> PairedSpeech:

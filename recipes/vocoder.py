@@ -11,7 +11,6 @@ the last checkpoint, with the same losses. See docs/speech_decoder.md.
 """
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,26 +20,15 @@ from torch.utils.data import DataLoader
 from stepaudio_train.config.compose import run_recipe
 from stepaudio_train.config.vocoder_training import VocoderTrainConfig, vocoder_train_problems
 from stepaudio_train.data.segments import SegmentBatch, SegmentBatches, find_corpus
-from stepaudio_train.engines.process_group import join_process_group, own_device
 from stepaudio_train.models.decoder.vocoder_files import save_vocoder
-from stepaudio_train.training.learning import learn
-from stepaudio_train.training.loggers import MetricsLogger, log_to_file
-from stepaudio_train.training.run_directory import RunDirectory
+from stepaudio_train.training.learning import learn, started
 from stepaudio_train.training.vocoder import HeldOutClips, VocoderLearner
 
 log = logging.getLogger("vocoder")
 
 
 def main(config: VocoderTrainConfig) -> None:
-    run, is_main = RunDirectory(config.run_dir), int(os.environ.get("RANK", "0")) == 0
-    if is_main:
-        run.claim(config)
-    device = own_device(config.device)
-    join_process_group(device)
-    dist.barrier()
-    log_to_file(run.logs, dist.get_rank())
-    logger = MetricsLogger(run, config) if is_main else None
-    try:
+    with started(config) as (run, logger, device):
         mel, training = config.vocoder.mel, config.training
         splits = (config.train_split, config.held_out_split, config.held_out_clips)
         recordings, clips = find_corpus(Path(config.corpus), *splits, mel.sample_rate_hz, config.seed)
@@ -61,14 +49,9 @@ def main(config: VocoderTrainConfig) -> None:
             return DataLoader(segments, batch_size=None, sampler=steps, num_workers=config.num_workers)
 
         finished = learn(config, learner, batches, run, logger)
-        if finished and is_main:
+        if finished and logger is not None:
             save_vocoder(learner.average, run.path, config.release)
         log.info("%s: %s", "finished" if finished else "stopped; the same command goes on from here", run.path)
-    finally:
-        if logger is not None:
-            logger.close()
-        dist.destroy_process_group()
-        run.release()
 
 
 if __name__ == "__main__":

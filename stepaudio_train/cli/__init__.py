@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stepaudio_train.cli import data, models
+from stepaudio_train.cli import data, models, speech
 from stepaudio_train.cli.parsing import Command
 from stepaudio_train.config.errors import UserError
 
@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         data.add_data,
         models.add_generate,
         models.add_evaluate,
-        models.add_resynthesize,
+        speech.add_synthesize,
+        speech.add_decode,
+        speech.add_resynthesize,
         models.add_convert,
         models.add_export,
         models.add_plan,

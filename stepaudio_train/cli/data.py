@@ -74,8 +74,8 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     actions = group(
         commands,
         "data",
-        "conversations: show, check, import and process them",
-        needs="conversations in a file, of this project's format or another one.",
+        "conversations: show, check, import and process them; answers: judge, rate and mine them",
+        needs="conversations in a file, of this project's format or another one; prompts with several answers.",
         example="stepaudio data check my.jsonl --text-tokenizer Step-Audio-TTS-3B/tokenizer.model",
     )
     needs = "a JSONL file of conversations (docs/fine_tuning.md) and the model's text tokenizer."
@@ -140,6 +140,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     add("--asr-copies", type=float, metavar="SHARE", help="add recognition of this share of recordings (default 0.0)")
     add("--history", choices=("text", "audio"), help="earlier recordings as text, or as they are (default audio)")
     add("--seed", type=int, metavar="N", help="of the choice of copies (default 0)")
+    _add_preferences(actions)
     for parser in (show, check):
         add = parser.add_argument
         add("file", type=Path, metavar="FILE", help="conversations")
@@ -148,6 +149,67 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         add("--loss", choices=("last", "all"), help="which answers teach (default last)")
         add("--history", choices=("text", "audio"), help="earlier recordings of a dialogue (default text)")
         add("--own-tags", nargs="+", metavar="TAG", help="instruction tags besides the paper's")
+
+
+def _add_preferences(actions: argparse._SubParsersAction) -> None:
+    judged = command(
+        actions,
+        "judge",
+        _data_judge,
+        "answers to prompts rated by rules, or by a model behind an endpoint",
+        needs="a JSONL file of prompts with answers (docs/preferences.md); for endpoint:URL a server.",
+        example="stepaudio data judge answers.jsonl preferences.jsonl --judge endpoint:http://localhost:8000/v1 "
+        "--endpoint-model NAME",
+    )
+    add = judged.add_argument
+    add("source", type=Path, metavar="FILE", help="prompts with answers")
+    add("output", type=Path, metavar="OUT", help="JSONL file to write")
+    add(
+        "--judge",
+        required=True,
+        metavar="JUDGE",
+        help="rules, or endpoint:URL such as endpoint:http://localhost:8000/v1",
+    )
+    add("--min-words", type=int, metavar="N", help="rules: of an answer; a Chinese character is a word (default 0)")
+    add("--max-words", type=int, metavar="N", help="rules: of an answer")
+    add("--language", choices=("en", "zh"), help="rules: of an answer")
+    add("--reference-weight", type=float, metavar="X", help="rules: of being right word for word (default 1.0)")
+    add("--length-weight", type=float, metavar="X", help="rules: of the length (default 1.0)")
+    add("--language-weight", type=float, metavar="X", help="rules: of the language (default 1.0)")
+    add("--compare", action="store_true", help="endpoint: compare each two answers, in both orders")
+    add("--endpoint-model", metavar="NAME", help="model to ask there")
+    add("--endpoint-key-env", metavar="NAME", help="environment variable with its key (default OPENAI_API_KEY)")
+    add("--endpoint-workers", type=int, metavar="N", help="requests at a time (default 8)")
+    rated = command(
+        actions,
+        "rate",
+        _data_rate,
+        "a page on this machine where people listen to answers and rate them",
+        needs="a JSONL file of prompts with answers (docs/preferences.md), and a browser.",
+        example="stepaudio data rate answers.jsonl --output ratings.jsonl",
+    )
+    add = rated.add_argument
+    add("file", type=Path, metavar="FILE", help="prompts with answers")
+    add("--output", type=Path, required=True, metavar="OUT", help="JSONL file that ratings are added to")
+    add("--criteria", nargs="+", metavar="NAME", help="what is rated (default: the paper's three); one may be enough")
+    add("--port", type=int, metavar="N", help="of the page; 0: any that is free (default 8765)")
+    mined = command(
+        actions,
+        "mine-deaf",
+        _data_mine_deaf,
+        "preferences against a policy that says it did not hear what is clear",
+        needs="answers of `stepaudio evaluate answers` or `generate`, and preferences with meta.condition "
+        "(docs/deaf_hacking.md).",
+        example="stepaudio data mine-deaf answers.jsonl preferences.jsonl mined.jsonl",
+    )
+    add = mined.add_argument
+    add("source", type=Path, metavar="ANSWERS", help="the policy's answers")
+    add("preferences", type=Path, metavar="PREFERENCES", help="preferences that hold their prompts")
+    add("output", type=Path, metavar="OUT", help="JSONL file to write")
+    add("--detector", metavar="DETECTOR", help="phrases, or endpoint:URL of a model to ask (default phrases)")
+    add("--endpoint-model", metavar="NAME", help="model to ask there")
+    add("--endpoint-key-env", metavar="NAME", help="environment variable with its key (default OPENAI_API_KEY)")
+    add("--endpoint-workers", type=int, metavar="N", help="requests at a time (default 8)")
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -200,6 +262,28 @@ def _data_process(options: argparse.Namespace) -> int:
 
     print(process(typed(ProcessOptions, options)).summary(), end="")
     return 0
+
+
+def _data_judge(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.judge import PreferenceJudgeOptions, judge_preferences
+
+    report = judge_preferences(typed(PreferenceJudgeOptions, options))
+    print(report.summary(), end="")
+    return 1 if report.refused else 0
+
+
+def _data_rate(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.rate import RateOptions, rate
+
+    return rate(typed(RateOptions, options))
+
+
+def _data_mine_deaf(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.mine_deaf import MineDeafOptions, mine_deaf
+
+    report = mine_deaf(typed(MineDeafOptions, options))
+    print(report.summary(), end="")
+    return 1 if report.refused else 0
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -69,8 +69,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     actions = group(
         commands,
         "evaluate",
-        "a fine-tuned model: its answers, and whether it does as told",
-        needs="a finished run of `stepaudio run sft`, or what it answered.",
+        "a fine-tuned model: its answers, and whether it does as told; how made speech sounds",
+        needs="a finished run of `stepaudio run sft`, or what it answered; sound files.",
         example="stepaudio evaluate answers runs/sft held_out.jsonl --output runs/sft/answers",
     )
     answers = command(
@@ -107,25 +107,27 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--reference", type=Path, metavar="FILE", help="spoken answers of the training, with recordings and codes")
     add("--truth", type=Path, metavar="FILE", help="true recordings of what was asked for")
 
-
-def add_resynthesize(commands: argparse._SubParsersAction) -> None:
-    parser = command(
-        commands,
-        "resynthesize",
-        _resynthesize,
-        "recordings to speech tokens and back to sound",
-        needs="a speech decoder (runs of `flow` and `vocoder`) and the speech tokenizer it was trained with.",
-        example="stepaudio resynthesize hello.wav --decoder runs/flow --vocoder runs/vocoder "
-        "--speech-tokenizer runs/tokenizer --output heard",
+    speech = command(
+        actions,
+        "speech",
+        _evaluate_speech,
+        "judge sound files: words that are heard, voice, quality, pitch and pace",
+        needs="sound files and their texts as lines of JSON (docs/speech_decoder.md), and judges: "
+        "pip install 'stepaudio-train[judges]'",
+        example="stepaudio evaluate speech heard/lines.jsonl --output heard/scores --references --words words.txt",
     )
-    add = parser.add_argument
-    add("sources", type=Path, nargs="+", metavar="FILE", help="recordings, and folders of them")
-    add("--decoder", type=Path, required=True, metavar="DIR", help="run directory of `stepaudio run flow`")
-    add("--vocoder", type=Path, metavar="DIR", help="run directory of `stepaudio run vocoder` (default: the decoder's)")
-    add("--speech-tokenizer", type=Path, required=True, metavar="DIR", help="speech tokenizer")
+    add = speech.add_argument
+    add("file", type=Path, metavar="FILE", help='JSONL: {"id", "text", "speech", "reference", "voice"}')
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    add("--format", choices=("wav", "flac"), help="of the files (default wav)")
-    add("--device", choices=("auto", "cpu", "cuda"), help="where the models run (default auto)")
+    add("--references", action="store_true", help="judge the references too, and write their scores beside")
+    add("--recogniser", metavar="NAME", help="or whisper:FOLDER, endpoint:URL, none (default pocketsphinx)")
+    add("--speaker", metavar="NAME", help="or campplus:FILE.onnx, eres2net:FILE.onnx, none (default resemblyzer)")
+    add("--quality", metavar="NAME", help="or none (default dnsmos)")
+    add("--words", nargs="+", metavar="WORD", help="pocketsphinx hears these alone: words, or files of words")
+    add("--language", metavar="CODE", help="as en, for whisper and endpoint (default: they guess)")
+    add("--endpoint-model", metavar="NAME", help="what the endpoint calls its model (default whisper-1)")
+    add("--endpoint-key-env", metavar="NAME", help="environment variable with its key (default OPENAI_API_KEY)")
+    add("--num-workers", type=int, metavar="N", help="processes (default: by cores and number of files)")
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:
@@ -157,19 +159,41 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
-    parser = command(
+    actions = group(
         commands,
         "export",
-        _export,
+        "speech tokenizer and speech decoder as the directories that StepFun's code takes",
+        needs="a finished run of `stepaudio run tokenizer`, or of `flow` and `vocoder`.",
+        example="stepaudio export tokenizer runs/tokenizer exported\n"
+        "  stepaudio export decoder runs/flow CosyVoice-300M-25Hz --vocoder runs/vocoder",
+    )
+    tokenizer = command(
+        actions,
+        "tokenizer",
+        _export_tokenizer,
         "the speech tokenizer as the directory that StepFun's code takes",
         needs="a speech tokenizer: a run_dir of `stepaudio run tokenizer`, or a copy of Step-Audio-Tokenizer.",
         example="stepaudio export tokenizer runs/tokenizer exported",
     )
-    add = parser.add_argument
-    add("what", choices=("tokenizer",), help="what to export")
+    add = tokenizer.add_argument
     add("source", type=Path, metavar="SRC", help="directory with a speech tokenizer")
     add("destination", type=Path, metavar="DST", help="directory to write; must not be there yet")
     add("--released", type=Path, metavar="DIR", help="released directory, whose decoder and token list are taken over")
+
+    decoder = command(
+        actions,
+        "decoder",
+        _export_decoder,
+        "the speech decoder as the directory that StepFun's code takes",
+        needs="runs of `stepaudio run flow` and `stepaudio run vocoder`, or a copy of CosyVoice-300M-25Hz.",
+        example="stepaudio export decoder runs/flow CosyVoice-300M-25Hz --vocoder runs/vocoder "
+        "--speech-tokenizer runs/tokenizer",
+    )
+    add = decoder.add_argument
+    add("source", type=Path, metavar="SRC", help="run directory of `stepaudio run flow`")
+    add("destination", type=Path, metavar="DST", help="directory to write; must not be there yet")
+    add("--vocoder", type=Path, metavar="DIR", help="run directory of `stepaudio run vocoder` (default: SRC)")
+    add("--speech-tokenizer", type=Path, metavar="DIR", help="speech tokenizer, of which StepFun's code opens a part")
 
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
@@ -177,11 +201,12 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         commands,
         "plan",
         _plan,
-        "memory of a run on each rank, before it is started",
+        "memory of a run on each rank, before it is started; the fastest layout on a cluster",
         needs="nothing but a configuration: no GPU, no data, no weights.",
         example="stepaudio plan model=step1_130b vocabulary=released engine=megatron engine.tensor_parallel=8 "
         "engine.pipeline_parallel=8 --world-size 512 --memory-gib 80\n"
-        "  stepaudio plan --recipe sft experiment=sft_3b_lora --world-size 1 --memory-gib 80",
+        "  stepaudio plan --recipe sft experiment=sft_3b_lora --world-size 1 --memory-gib 80\n"
+        "  stepaudio plan experiment=pretrain_130b_stage1 --gpus 2048 --gpu h800",
     )
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/RECIPE.yaml")
     parser.add_argument("--recipe", choices=("pretrain", "sft"), help="whose configuration (default pretrain)")
@@ -189,6 +214,14 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a device; says whether it fits")
     parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the resolved configuration as YAML")
     parser.add_argument("--parameters-json", type=Path, metavar="FILE", help="write every weight's name and shape")
+    add = parser.add_argument
+    add("--gpus", type=int, metavar="N", help="search the fastest layout on N GPUs (docs/planner.md)")
+    add("--gpu", choices=("a100", "h100", "h200", "h800"), help="which GPUs those are (default h800)")
+    add("--tokens", type=float, metavar="N", help="--gpus: trained on so many (default: the paper's 3.3e12)")
+    add("--document-tokens", type=int, metavar="N", help="--gpus: mean length of documents (default: a whole row)")
+    add("--checkpoint-gb-per-s", type=float, metavar="RATE", help="--gpus: count checkpoints, written at this rate")
+    add("--json", type=Path, metavar="FILE", help="write what --gpus or --check-figures prints")
+    add("--check-figures", action="store_true", help="compare the predictions of --gpus with published figures")
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -223,16 +256,19 @@ def _evaluate_control(options: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_speech(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.evaluate_speech import SpeechOptions, evaluate_speech, speech_summary
+    from stepaudio_train.config.judges import JudgeOptions
+
+    result = evaluate_speech(typed(SpeechOptions, options), typed(JudgeOptions, options))
+    print(speech_summary(result), end="")
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     from stepaudio_train.commands.generate import GenerateOptions, run_generation
 
     return run_generation(typed(GenerateOptions, options))
-
-
-def _resynthesize(options: argparse.Namespace) -> int:
-    from stepaudio_train.commands.resynthesize import ResynthesizeOptions, run_resynthesis
-
-    return run_resynthesis(typed(ResynthesizeOptions, options))
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -243,10 +279,16 @@ def _convert(options: argparse.Namespace) -> int:
     return run_conversion(typed(ConvertOptions, options))
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export_tokenizer(options: argparse.Namespace) -> int:
     from stepaudio_train.commands.export import ExportOptions, export_tokenizer
 
     return export_tokenizer(typed(ExportOptions, options))
+
+
+def _export_decoder(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.export_decoder import DecoderExportOptions, export_decoder
+
+    return export_decoder(typed(DecoderExportOptions, options))
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -84,13 +84,18 @@ def _files(directory: Path) -> Iterator[tuple[str, int]]:
 
 
 def _show(directory: Path, checks: dict[str, int], num_ids: int) -> None:
+    show_files(directory)
     console = Console()
-    table = Table("file", "bytes", title=str(directory))
-    for name, size in _files(directory):
-        table.add_row(name, f"{size:,}")
-    console.print(table)
     for name, different in checks.items():
         if different:
             console.print(f"{name}: {different} ids differ")
         else:
             console.print(f"{name}: ids equal ({num_ids} in all)")
+
+
+def show_files(directory: Path) -> None:
+    """Print the files of an exported directory with their sizes."""
+    table = Table("file", "bytes", title=str(directory))
+    for name, size in _files(directory):
+        table.add_row(name, f"{size:,}")
+    Console().print(table)

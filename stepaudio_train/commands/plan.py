@@ -1,4 +1,4 @@
-"""`stepaudio plan`: will it fit, and what to change if not."""
+"""`stepaudio plan`: will it fit, and what to change if not; with `--gpus`, the fastest layout of a cluster."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from stepaudio_train.commands.plan_layouts import PAPER_TOKENS, show_figures, show_layouts
 from stepaudio_train.config.checks import layout_problems
 from stepaudio_train.config.compose import load_config, save_config
-from stepaudio_train.config.errors import ConfigError
+from stepaudio_train.config.errors import ConfigError, UserError
+from stepaudio_train.config.gpus import GPUS, GpuName
 from stepaudio_train.config.schema import PretrainConfig, RunConfig
 from stepaudio_train.config.sft import SftConfig
+from stepaudio_train.training.planner.search import Cluster
 
 if TYPE_CHECKING:
     from stepaudio_train.training.plan import RunPlan
@@ -37,9 +40,23 @@ class PlanOptions:
     world_size: int | None = None
     """Ranks in all; None: those of one model replica."""
     memory_gib: float | None = None
-    """Memory of a device; None: not compared."""
+    """Memory of a device; None: not compared, or that of `gpu`."""
     write_config: Path | None = None
     parameters_json: Path | None = None
+    gpus: int | None = None
+    """Search the fastest layout on so many; None: plan the one that is typed."""
+    gpu: GpuName = "h800"
+    """Which."""
+    tokens: float | None = None
+    """How many are trained on; None: the paper's 3.3e12."""
+    document_tokens: int | None = None
+    """Mean length of the documents in a row; None: one fills it."""
+    checkpoint_gb_per_s: float | None = None
+    """What the storage takes from all ranks together; None: checkpoints are not counted."""
+    json: Path | None = None
+    """File for what `gpus` or `check_figures` print."""
+    check_figures: bool = False
+    """Compare the search's predictions with published figures instead."""
 
 
 def show_plan(options: PlanOptions) -> int:
@@ -47,8 +64,13 @@ def show_plan(options: PlanOptions) -> int:
 
     Raises:
         ConfigError: the configuration or its layout is refused. Data and weights are not looked at.
+        UserError: options that do not go together.
     """
+    if options.check_figures:
+        return show_figures(options.json)
     config = load_config(options.recipe, _CONFIGS[options.recipe], options.overrides)
+    if options.gpus is not None:
+        return _search(options, config)
     ranks = options.world_size or config.engine.tensor_parallel * config.engine.pipeline_parallel
     # Adapters need weights to adapt; which ones does not matter here.
     started = replace(config, model=replace(config.model, init=config.model.init or "DIR"))
@@ -85,6 +107,21 @@ def show_plan(options: PlanOptions) -> int:
     if not found:
         console.print("No layout of this model and row length fits; type a smaller training.sequence_length or model=.")
     return 1
+
+
+def _search(options: PlanOptions, config: RunConfig) -> int:
+    if options.world_size is not None:
+        raise UserError("--world-size plans one layout and --gpus searches for the best: type one of them")
+    assert options.gpus is not None
+    gpu, rate = GPUS[options.gpu], options.checkpoint_gb_per_s
+    return show_layouts(
+        config,
+        Cluster(gpu, options.gpus, gpu.memory_gib if options.memory_gib is None else options.memory_gib),
+        tokens=PAPER_TOKENS if options.tokens is None else options.tokens,
+        document_tokens=options.document_tokens,
+        checkpoint_bytes_per_s=None if rate is None else rate * 1e9,
+        file=options.json,
+    )
 
 
 def _show(console: Console, plan: RunPlan) -> None:

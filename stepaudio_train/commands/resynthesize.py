@@ -6,16 +6,14 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import soundfile
 from torch import Tensor
 from tqdm import tqdm
 
 from stepaudio_train.audio import AudioError, read_audio
 from stepaudio_train.audio.features import SAMPLE_RATE_HZ
+from stepaudio_train.commands.sound_files import SoundFormat, write_sound
 from stepaudio_train.config.errors import UserError
-from stepaudio_train.data.files import replacing
 from stepaudio_train.data.sources import AUDIO_SUFFIXES
 from stepaudio_train.models.decoder.flow import FlowPrompt
 from stepaudio_train.models.decoder.speech_decoder import SpeechDecoder, audio_ids
@@ -38,7 +36,9 @@ class ResynthesizeOptions:
     """Folder for the results, named like the recordings."""
     vocoder: Path | None = None
     """Run directory of `stepaudio run vocoder`; None: its files are in `decoder`."""
-    format: Literal["wav", "flac"] = "wav"
+    format: SoundFormat = "wav"
+    sample_rate_hz: int | None = None
+    """None: the decoder's."""
     device: str = "auto"
 
 
@@ -62,8 +62,7 @@ def run_resynthesis(options: ResynthesizeOptions) -> int:
                     refused += 1
                     bar.write(f"left out: {result}", sys.stderr)
                 else:
-                    with replacing(targets[source]) as temporary:
-                        soundfile.write(temporary, result.numpy(), decoder.sample_rate_hz, format=options.format)
+                    write_sound(targets[source], result, decoder.sample_rate_hz, options.sample_rate_hz)
                 bar.update()
     return 1 if refused else 0
 

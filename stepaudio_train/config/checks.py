@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import get_args
 
+from stepaudio_train.config.preference_runs import DpoRunConfig, PreferenceRunConfig, RewardConfig
+from stepaudio_train.config.preferences import preference_data_problems
+from stepaudio_train.config.rlhf import dpo_problems, reward_loss_problems
 from stepaudio_train.config.schema import DataConfig, EngineConfig, PretrainConfig, RunConfig, Task
 from stepaudio_train.config.sft import ChatTask, SftConfig, with_text_tokenizer
 
@@ -40,16 +43,42 @@ def sft_problems(config: SftConfig) -> list[str]:
             problems.append(
                 f"data.task_weights.{task}={weight}: must be over 0; leave conversations out of the file instead"
             )
-    if config.model.init is None:
-        problems.append("model.init: fine-tuning goes on from trained weights; type model.init=DIR")
-    elif Path(config.model.init).is_dir():
-        problems += _text_tokenizer_problems(with_text_tokenizer(config))
+    problems += _init_problems(config)
     if config.training.sample_every < 0 or config.training.num_samples < 1:
         problems.append(
             f"training.sample_every={config.training.sample_every}, num_samples={config.training.num_samples}: must be "
             "at least 0 and 1; type training.sample_every=0 for no samples"
         )
     return problems + training_problems(config) + _early_stop_problems(config)
+
+
+def reward_run_problems(config: RewardConfig) -> list[str]:
+    """One line for each rule that `config` breaks in the world it is started in ($WORLD_SIZE processes)."""
+    problems = reward_loss_problems(config.loss, "loss")
+    if not config.model.value_head:
+        problems.append("model.value_head=false: a reward is what the value head says; type model.value_head=true")
+    return problems + _preference_problems(config)
+
+
+def dpo_run_problems(config: DpoRunConfig) -> list[str]:
+    """One line for each rule that `config` breaks in the world it is started in ($WORLD_SIZE processes)."""
+    problems = dpo_problems(config.loss, "loss")
+    if config.model.value_head:
+        problems.append("model.value_head=true: DPO trains no value head; type model.value_head=false")
+    return problems + _preference_problems(config)
+
+
+def _preference_problems(config: PreferenceRunConfig) -> list[str]:
+    problems = layout_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
+    problems += preference_data_problems(config.data) + _init_problems(config)
+    return problems + training_problems(config) + _early_stop_problems(config)
+
+
+def _init_problems(config: RunConfig) -> list[str]:
+    """Weights to go on from, and a text tokenizer with them or beside them."""
+    if config.model.init is None:
+        return ["model.init: fine-tuning goes on from trained weights; type model.init=DIR"]
+    return _text_tokenizer_problems(with_text_tokenizer(config)) if Path(config.model.init).is_dir() else []
 
 
 def layout_problems(config: RunConfig, world_size: int) -> list[str]:
@@ -250,7 +279,7 @@ def training_problems(config: RunConfig) -> list[str]:
     training = config.training
     # Fine-tuning counts its steps from its epochs where none are given.
     least = dict.fromkeys(("sequence_length", "global_batch_rows", "micro_batch_rows", "keep_checkpoints"), 1)
-    least["max_steps"] = 0 if isinstance(config, SftConfig) else 1
+    least["max_steps"] = 0 if isinstance(config, (SftConfig, PreferenceRunConfig)) else 1
     problems = [
         f"training.{name}={getattr(training, name)}: must be at least {number}"
         for name, number in least.items()
@@ -261,12 +290,14 @@ def training_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _early_stop_problems(config: PretrainConfig | SftConfig) -> list[str]:
+def _early_stop_problems(config: PretrainConfig | SftConfig | PreferenceRunConfig) -> list[str]:
     early_stop, problems = config.training.early_stop, []
     if early_stop is None:
         return []
-    if config.validation is None:
+    on_preferences = isinstance(config, PreferenceRunConfig)
+    if (config.data.held_out if on_preferences else config.validation) is None:
         given = "validation=FILE.jsonl" if isinstance(config, SftConfig) else "validation.blend, as in data.blend"
+        given = "data.held_out=FILE.jsonl" if on_preferences else given
         problems.append(f"training.early_stop: needs held-out data; type {given}")
     if config.training.eval_every < 1:
         problems.append("training.early_stop: needs evaluations on the way; type training.eval_every=STEPS")
@@ -276,6 +307,7 @@ def _early_stop_problems(config: PretrainConfig | SftConfig) -> list[str]:
         problems.append(f"training.early_stop.min_delta={early_stop.min_delta}: must be 0 or more")
     known = [f"val/loss/task/{task}" for task in dict.fromkeys((*get_args(Task), *get_args(ChatTask)))]
     known = ["val/loss", "val/loss/text", "val/loss/linguistic", "val/loss/semantic", *known]
+    known = known[:1] if on_preferences else known
     if early_stop.metric not in known:
         problems.append(f"training.early_stop.metric={early_stop.metric}: must be one of {', '.join(known)}")
     return problems

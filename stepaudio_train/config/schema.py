@@ -33,6 +33,9 @@ class Step1Config:
     rms_norm_eps: float = 1e-5
     init_std: float = 0.02
     """Standard deviation of the initial weights; the residual projections use init_std / sqrt(2 * layers)."""
+    value_head: bool = False
+    """One more output: a number a token, from the hidden state after the final norm. Reward models and critics have it
+    (paper 5.2); the released models have not."""
 
     @property
     def head_dim(self) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ConfigDict
 
@@ -79,7 +79,10 @@ class SftConfig(RunConfig):
     """JSONL file of held-out conversations; template, loss and speech tokenizer are those of `data`."""
 
 
-def with_text_tokenizer(config: SftConfig) -> SftConfig:
+C = TypeVar("C", bound=RunConfig)
+
+
+def with_text_tokenizer(config: C) -> C:
     """`config` with vocabulary.text_tokenizer set: what was given, or else the file that came with the weights."""
     if config.vocabulary.text_tokenizer is not None or config.model.init is None:
         return config
@@ -89,7 +92,7 @@ def with_text_tokenizer(config: SftConfig) -> SftConfig:
     return replace(config, vocabulary=replace(config.vocabulary, text_tokenizer=given))
 
 
-def with_max_steps(config: SftConfig, steps_of_epochs: int) -> SftConfig:
+def with_max_steps(config: C, steps_of_epochs: int) -> C:
     """`config` with training.max_steps set: what was given, or else the steps that data.epochs takes."""
     max_steps = config.training.max_steps or steps_of_epochs
     return replace(config, training=replace(config.training, max_steps=max_steps))

@@ -17,7 +17,7 @@ from stepaudio_train.config.schema import Step1Config
 from stepaudio_train.convert.companions import AUTO_MAP, CODE_FILES, HUB
 from stepaudio_train.convert.huggingface_files import INDEX_FILE
 from stepaudio_train.convert.tensor_files import StoredTensor, WeightError, read_safetensors_header
-from stepaudio_train.models.step1.modeling import RELEASED_FIELDS, released_config
+from stepaudio_train.models.step1.modeling import RELEASED_FIELDS, model_of_fields, released_config
 from stepaudio_train.models.step1.weight_map import hf_shapes
 from stepaudio_train.tokenizers.text import read_text_tokenizer
 from stepaudio_train.tokenizers.vocabulary import Special
@@ -101,10 +101,14 @@ def _check_config(fields: dict[str, Any], found: _Findings) -> Step1Config | Non
     if lacking:
         found.error(name, f"{', '.join(lacking)}: absent, or no positive number; set what the model was made with")
         return None
-    model = Step1Config(**{field: fields[field] for field in RELEASED_FIELDS})
+    model = model_of_fields(fields)
     for field, wanted in released_config(model).items():
         if field not in RELEASED_FIELDS and field != "tie_word_embeddings" and fields.get(field) != wanted:
             found.error(name, f"{field} is {fields.get(field)!r}; set it to {json.dumps(wanted)}")
+    if model.value_head:
+        found.error(
+            name, "value_head is true: transformers loads a reward model or critic, vLLM does not; serve the policy"
+        )
     if model.hidden_size % model.num_attention_heads or model.num_attention_heads % model.num_attention_groups:
         found.error(
             name,

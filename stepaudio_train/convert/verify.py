@@ -86,7 +86,7 @@ class _StreamedForward:
             norm = RMSNorm(self._model.hidden_size, self._model.rms_norm_eps)
             norm.weight.copy_(tensor)
             self._hidden = norm(self._hidden)
-        else:
+        elif name == "lm_head.weight":
             self.logits = nn.functional.linear(self._hidden, tensor.float())
 
 

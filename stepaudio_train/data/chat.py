@@ -94,10 +94,7 @@ class ChatFormat:
         return content
 
     def _text(self, number: int, role: Role, parts: Iterable[Part]) -> list[int]:
-        text = "".join(
-            f"<|CALL_START|>{tool_call_text(part)}<|CALL_END|>" if isinstance(part, ToolCall) else part.text or ""
-            for part in parts
-        )
+        text = "".join(map(_text_of, parts))
         # Behind a line's end the first word gets no word mark, as in the released programs.
         line_end = self.text_tokenizer.encode("\n")
         ids = self.text_tokenizer.encode("\n" + text)[len(line_end) :]
@@ -237,6 +234,12 @@ def _written(number: int, part: Part) -> Part:
             "type data.history=audio to leave them as they are"
         )
     return TextPart(part.text)
+
+
+def _text_of(part: Part) -> str:
+    if isinstance(part, ToolCall):
+        return f"<|CALL_START|>{tool_call_text(part)}<|CALL_END|>"
+    return part.text or ""
 
 
 def tool_call_text(call: ToolCall) -> str:

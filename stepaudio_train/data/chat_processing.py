@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,8 @@ from stepaudio_train.data.chat import (
     task_of,
     turns_of,
 )
-from stepaudio_train.data.endpoint_rewriter import EndpointRewriter, RewriteCache
+from stepaudio_train.data.chat_endpoint import ChatEndpoint, ReplyCache
+from stepaudio_train.data.endpoint_rewriter import EndpointRewriter
 from stepaudio_train.data.files import replacing, write_atomically
 from stepaudio_train.data.importers.base import Recordings
 from stepaudio_train.data.prompts import recognition_record
@@ -151,7 +151,7 @@ def process(options: ProcessOptions) -> ProcessReport:
     _check(options)
     steps = _steps(options)
     num_workers = options.endpoint_workers if options.spoken_style == "endpoint" else 1
-    outcomes = _in_order(lambda line: _processed(line, steps, options), _lines(options.source), num_workers)
+    outcomes = in_order(lambda line: _processed(line, steps, options), _lines(options.source), num_workers)
     with replacing(options.output) as temporary:
         with temporary.open("w", encoding="utf-8") as lines:
             report = _written(tqdm(outcomes, desc="process", unit="record", dynamic_ncols=True), lines, steps, options)
@@ -317,9 +317,9 @@ def _rewriter(options: ProcessOptions) -> Rewriter:
     rules = RuleRewriter(options.max_answer_sentences)
     if options.spoken_style == "rules":
         return rules
-    cache = RewriteCache(options.output.with_name(f"{options.output.name}.rewrites.jsonl"))
-    key = os.environ.get(options.endpoint_key_env, "").strip()
-    return EndpointRewriter(options.endpoint or "", options.endpoint_model or "", cache, rules, key or None)
+    cache = ReplyCache(options.output.with_name(f"{options.output.name}.rewrites.jsonl"))
+    model = (options.endpoint or "", options.endpoint_model or "")
+    return EndpointRewriter(ChatEndpoint.with_key_of(options.endpoint_key_env, *model, cache), rules)
 
 
 def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
@@ -328,8 +328,8 @@ def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _in_order(work: Callable[[_T], _R], items: Iterable[_T], num_workers: int) -> Iterator[_R]:
-    """What `work` makes of each item, in the items' order; only a few are read ahead."""
+def in_order(work: Callable[[_T], _R], items: Iterable[_T], num_workers: int) -> Iterator[_R]:
+    """What `work` makes of each item in threads, in the items' order; only a few are read ahead."""
     pool = ThreadPoolExecutor(num_workers)
     waiting: deque[Future[_R]] = deque()
     try:

@@ -61,7 +61,7 @@ class ConversationFile:
                 where = f"{path}:{number}"
                 try:
                     record = parse_record(line, where, default_id=f"{path.name}:{number}")
-                    _require_recordings(record, where, path.parent, with_recordings)
+                    require_recordings(record, where, path.parent, with_recordings)
                     require_known_tags(record, tags)
                 except (RecordError, TagError) as error:
                     refused.append(Refusal(where, str(error).removeprefix(f"{where}: ")))
@@ -133,6 +133,19 @@ def require_known_tags(record: Record, tags: TagVocabulary) -> None:
         tags.parse("".join(part.text for part in questions[-1].content if isinstance(part, TextPart)))
 
 
+def require_recordings(record: Record, where: str, folder: Path, with_recordings: bool) -> None:
+    """See that recordings without codes are files, and that there may be any.
+
+    Raises:
+        RecordError: naming `where` and the recording.
+    """
+    for path in recordings_of(record, folder).values():
+        if not with_recordings:
+            raise RecordError(f"{where}: {path}: comes without tokens; type data.speech_tokenizer=DIR to encode it")
+        if not path.is_file():
+            raise RecordError(f"{where}: {path}: no such recording")
+
+
 def recordings_of(record: Record, folder: Path) -> dict[str, Path]:
     """Name in the record -> file, of those audio parts that come without codes."""
     return {part.audio: folder / part.audio for part in record.audio_parts() if part.tokens is None}
@@ -150,11 +163,3 @@ def _with_codes(
         else:
             samples.append((where, TokenSample(record, {name: codes[path] for name, path in own.items()})))
     return EncodedConversations(file.path, samples, refused)
-
-
-def _require_recordings(record: Record, where: str, folder: Path, with_recordings: bool) -> None:
-    for path in recordings_of(record, folder).values():
-        if not with_recordings:
-            raise RecordError(f"{where}: {path}: comes without tokens; type data.speech_tokenizer=DIR to encode it")
-        if not path.is_file():
-            raise RecordError(f"{where}: {path}: no such recording")

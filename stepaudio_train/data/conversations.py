@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from stepaudio_train.config.errors import ConfigError, UserError
+from stepaudio_train.config.schema import VocabularyConfig
 from stepaudio_train.config.sft import SftConfig, SftDataConfig
 from stepaudio_train.data.batch import TASKS
 from stepaudio_train.data.chat import task_of
@@ -35,6 +36,17 @@ log = logging.getLogger(__name__)
 _NAMED_REFUSALS = 10
 
 
+class Reported(Protocol):
+    """What a file gives to train on; its length is how much that is."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def refused(self) -> list[Refusal]: ...
+    def __len__(self) -> int: ...
+    def report(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Conversations:
     """What one file gives to train on."""
@@ -42,6 +54,9 @@ class Conversations:
     path: Path
     documents: list[Document]
     refused: list[Refusal]
+
+    def __len__(self) -> int:
+        return len(self.documents)
 
     def report(self) -> dict[str, Any]:
         """Counts, and every line that was left out with the reason."""
@@ -71,7 +86,7 @@ def load_conversations(
         UserError: a file holds no conversation that can be used.
     """
     worker = worker or Worker()
-    renderer = _renderer(config, vocabulary)
+    renderer = chat_renderer(config.vocabulary, vocabulary)
     data, paths = config.data, [config.data.path, *([] if config.validation is None else [config.validation])]
     tags, tokenizer = TagVocabulary(data.own_tags), data.speech_tokenizer
     files = [ConversationFile.read(Path(path), tags, tokenizer is not None) for path in paths]
@@ -81,17 +96,37 @@ def load_conversations(
     return dict(zip(("data", "validation"), rendered, strict=False))
 
 
-def write_report(found: Mapping[str, Conversations], path: Path) -> None:
+def chat_renderer(config: VocabularyConfig, vocabulary: Vocabulary) -> Renderer:
+    """The renderer with the configuration's text tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it does not fit the vocabulary.
+    """
+    file = config.text_tokenizer
+    if file is None:
+        raise ConfigError(["vocabulary.text_tokenizer: needed to encode text; type vocabulary.text_tokenizer=FILE"])
+    tokenizer = TextTokenizer.from_file(file)
+    # The released file lists audio pieces behind its text pieces; a small one has text pieces alone.
+    if tokenizer.size > vocabulary.text_size and tokenizer.encode("<audio_0>") != [vocabulary.text_size]:
+        raise ConfigError(
+            [
+                f"vocabulary.text_size={vocabulary.text_size}: {file} has {tokenizer.size} text ids; type "
+                f"vocabulary.text_size={tokenizer.size}"
+            ]
+        )
+    return Renderer(vocabulary, tokenizer)
+
+
+def write_report(found: Mapping[str, Reported], path: Path) -> None:
     """Write what was used of each file, and every line that was left out and why; log the first of them."""
-    reports = {name: conversations.report() for name, conversations in found.items()}
+    reports = {name: file.report() for name, file in found.items()}
     write_atomically(path, json.dumps(reports, indent=1, ensure_ascii=False).encode())
-    for conversations in found.values():
-        used, refused = len(conversations.documents), conversations.refused
-        log.info("%s: %d conversations, %d left out", conversations.path, used, len(refused))
-        for refusal in refused[:_NAMED_REFUSALS]:
+    for file in found.values():
+        log.info("%s: %d used, %d left out", file.path, len(file), len(file.refused))
+        for refusal in file.refused[:_NAMED_REFUSALS]:
             log.warning("left out: %s: %s", refusal.name, refusal.reason)
-        if len(refused) > _NAMED_REFUSALS:
-            log.warning("left out: %d in all; %s names them", len(refused), path)
+        if len(file.refused) > _NAMED_REFUSALS:
+            log.warning("left out: %d in all; %s names them", len(file.refused), path)
 
 
 def render_conversations(
@@ -120,22 +155,6 @@ def render_conversations(
         reasons_shown = "; ".join(f"{r.name}: {r.reason}" for r in refused[:3]) or "it is empty"
         raise UserError(f"{found.path}: no conversation can be used ({reasons_shown})")
     return Conversations(found.path, documents, refused)
-
-
-def _renderer(config: SftConfig, vocabulary: Vocabulary) -> Renderer:
-    file = config.vocabulary.text_tokenizer
-    if file is None:
-        raise ConfigError(["vocabulary.text_tokenizer: needed to encode text; type vocabulary.text_tokenizer=FILE"])
-    tokenizer = TextTokenizer.from_file(file)
-    # The released file lists audio pieces behind its text pieces; a small one has text pieces alone.
-    if tokenizer.size > vocabulary.text_size and tokenizer.encode("<audio_0>") != [vocabulary.text_size]:
-        raise ConfigError(
-            [
-                f"vocabulary.text_size={vocabulary.text_size}: {file} has {tokenizer.size} text ids; type "
-                f"vocabulary.text_size={tokenizer.size}"
-            ]
-        )
-    return Renderer(vocabulary, tokenizer)
 
 
 def _line(where: str) -> int:

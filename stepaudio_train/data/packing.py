@@ -26,6 +26,10 @@ class Document:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def content(self) -> bytes:
+        """All that is learned from, to tell data by."""
+        return len(self).to_bytes(4, "little") + self.ids.tobytes() + self.loss_weights.tobytes()
+
 
 def choose_row(lengths: Sequence[int], capacity: int) -> list[int]:
     """Which of the waiting documents share the next row: the first, and those others that leave the least room.

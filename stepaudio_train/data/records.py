@@ -153,7 +153,7 @@ def parse_record(content: str | bytes, where: str, default_id: str | None = None
     try:
         record = _validated(content, default_id)
     except ValidationError as error:
-        raise RecordError(f"{where}: {'; '.join(_describe(problem) for problem in error.errors())}") from None
+        raise RecordError(f"{where}: {'; '.join(describe_problem(problem) for problem in error.errors())}") from None
     problems = list(_problems(record))
     if problems:
         raise RecordError(f"{where}: {'; '.join(problems)}")
@@ -214,7 +214,8 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
 
 
-def _describe(problem: Any) -> str:
+def describe_problem(problem: Any) -> str:
+    """One of pydantic's errors, in a line: the field, what it must be, and what it is."""
     # Pydantic names the chosen kind of part behind its index: messages, 0, content, 1, audio, ...
     location = ".".join(str(part) for i, part in enumerate(problem["loc"]) if i != 4) or "the line"
     if problem["type"] == "unexpected_keyword_argument":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from stepaudio_train.audio import AudioError, read_audio
 from stepaudio_train.audio.pitch import LOWEST_HZ, yin
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.vocoder import MelConfig
+from stepaudio_train.data.records import RecordError, parse_record
 from stepaudio_train.data.shard_reader import ShardReader
 from stepaudio_train.data.shards import SHARD_PATTERN, shard_counts
 from stepaudio_train.data.sources import find_recordings
@@ -97,12 +98,27 @@ class ShardRecordings(Recordings):
         sample = self._reader[index]
         if sample is None:
             return None
-        name = f"{self.name}/{sample['__shard__']}: {sample['__key__']}"
+        name = self._name_of(sample)
         content = next((sample[ending] for ending in sample if ending.endswith("flac")), None)
         if content is None:
             self.tell(f"{name}: holds no recording")
             return None
         return name, io.BytesIO(content)
+
+    def speaker(self, index: int) -> str | None:
+        """Who speaks in a sample's first recording; None if its record does not say, or cannot be read."""
+        sample = self._reader[index]
+        if sample is None:
+            return None
+        try:
+            parts = parse_record(sample.get("json", b""), self._name_of(sample)).audio_parts()
+        except RecordError as error:
+            self.tell(str(error))
+            return None
+        return parts[0].speaker if parts else None
+
+    def _name_of(self, sample: dict[str, Any]) -> str:
+        return f"{self.name}/{sample['__shard__']}: {sample['__key__']}"
 
 
 def find_corpus(

@@ -1,7 +1,8 @@
-"""Batches for fine-tuning: documents in memory, gone through in epochs, the same at any data-parallel size.
+"""Batches for fine-tuning: what is in memory, gone through in epochs, the same at any data-parallel size.
 
-An epoch is every document once: in an order drawn from (seed, epoch), packed into rows, and cut into global batches.
-The last batch of an epoch may hold empty rows, so that no document is seen more often than another.
+In memory are documents, or pairs of them that have to lie in one row (`data/preferences.py`). An epoch is every one
+once: in an order drawn from (seed, epoch), packed into rows, and cut into global batches. The last batch of an epoch
+may hold empty rows, so that none is seen more often than another.
 """
 
 from __future__ import annotations
@@ -9,37 +10,55 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.data.files import write_atomically
-from stepaudio_train.data.packing import Document, choose_row, choose_rows, pack_rows
+from stepaudio_train.data.packing import choose_row, choose_rows, pack_rows
 
 _STATE_FILE = "conversations.json"
 _WAITING_DOCUMENTS = 512
 """Packed at a time. A few dozen fill rows well already, and the work grows with every one."""
 
 
-class SftLoader:
+class Packable(Protocol):
+    """What lies in one row as a whole."""
+
+    def __len__(self) -> int:
+        """In tokens."""
+
+    def content(self) -> bytes:
+        """All that is learned from, to tell data by."""
+
+
+P = TypeVar("P", bound=Packable)
+Pack = Callable[[Sequence[Sequence[P]], int], TokenBatch]
+"""(what lies in each row, tokens of a row) -> the rows."""
+
+
+class SftLoader(Generic[P]):
     """See `data.loader.TrainLoader`."""
 
     def __init__(
         self,
-        documents: Sequence[Document],
+        documents: Sequence[P],
         sequence_length: int,
         rows_per_step: int,
         seed: int,
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
+        pack: Pack[P] = pack_rows,
     ) -> None:
         """Draw the first epoch.
 
         Args:
+            documents: or what else `pack` lays into rows.
             rows_per_step: rows of the global batch, over all data-parallel ranks. Rank r gets the r-th equal run of
                 them.
 
@@ -51,7 +70,7 @@ class SftLoader:
             raise ValueError(f"{len(documents)} documents of up to {longest} tokens in rows of {sequence_length}")
         self._own = _rows_of_rank(rows_per_step, data_parallel_rank, data_parallel_size)
         self._documents, self._sequence_length = documents, sequence_length
-        self._rows_per_step, self._seed = rows_per_step, seed
+        self._rows_per_step, self._seed, self._pack = rows_per_step, seed, pack
         self._epoch, self._batch = 0, 0
         self._rows = self._rows_of_epoch(0)
 
@@ -70,7 +89,8 @@ class SftLoader:
             self._rows = self._rows_of_epoch(self._epoch)
         first = self._batch * self._rows_per_step
         self._batch += 1
-        return _pack(self._documents, self._rows[first : first + self._rows_per_step], self._own, self._sequence_length)
+        rows = self._rows[first : first + self._rows_per_step]
+        return self._pack(_own_rows(self._documents, rows, self._own), self._sequence_length)
 
     def save(self, directory: Path) -> None:
         """Write the position into `directory`: it is the same on every rank."""
@@ -111,9 +131,7 @@ class SftLoader:
         """What the order depends on, by the key that sets it."""
         digest = hashlib.sha256()
         for document in self._documents:
-            digest.update(len(document).to_bytes(4, "little"))
-            digest.update(document.ids.tobytes())
-            digest.update(document.loss_weights.tobytes())
+            digest.update(document.content())
         return {
             "training.seed": self._seed,
             "training.sequence_length": self._sequence_length,
@@ -123,12 +141,13 @@ class SftLoader:
 
 
 def validation_batches(
-    documents: Sequence[Document],
+    documents: Sequence[P],
     sequence_length: int,
     rows_per_step: int,
     num_batches: int,
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
+    pack: Pack[P] = pack_rows,
 ) -> list[TokenBatch]:
     """The first documents, as many as fill `num_batches` global batches, in the file's order; this rank's rows of each.
 
@@ -141,7 +160,7 @@ def validation_batches(
     chosen = documents[: int(np.searchsorted(lengths, room, side="right"))]
     rows = choose_rows([len(document) for document in chosen], sequence_length)[: num_batches * rows_per_step]
     return [
-        _pack(chosen, rows[first : first + rows_per_step], own, sequence_length)
+        pack(_own_rows(chosen, rows[first : first + rows_per_step], own), sequence_length)
         for first in range(0, len(rows), rows_per_step)
     ]
 
@@ -168,7 +187,7 @@ def _rows_of_rank(rows_per_step: int, rank: int, size: int) -> slice:
     return slice(rank * rows, (rank + 1) * rows)
 
 
-def _pack(documents: Sequence[Document], rows: list[list[int]], own: slice, sequence_length: int) -> TokenBatch:
+def _own_rows(documents: Sequence[P], rows: list[list[int]], own: slice) -> list[list[P]]:
     """The `own` rows of a global batch, the last rows empty where there are too few."""
     chosen = rows[own] + [[]] * (own.stop - own.start - len(rows[own]))
-    return pack_rows([[documents[index] for index in row] for row in chosen], sequence_length)
+    return [[documents[index] for index in row] for row in chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
-from stepaudio_train.objectives.base import Objective
+from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs, needs_entropies
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Engine(ABC):
     @abstractmethod
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set all weights from Hugging Face names -> full tensors. `weights` may build each tensor when it is asked
-        for; an engine asks only for what its rank holds.
+        for; an engine asks only for what its rank holds. A value head that is not among them begins as zeros.
 
         Raises:
             KeyError: a tensor is missing.
@@ -74,12 +75,22 @@ class Engine(ABC):
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, full fp32 CPU tensor) in the map's order on rank 0. Every rank must iterate.
-        Adapters are merged in."""
+        Adapters are merged in; a value head comes last."""
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full fp32 CPU tensor) of the adapters that `config.lora` asks for on rank 0 (names:
-        models/step1/lora.py). Every rank must iterate. Nothing where all weights are trained."""
+        models/step1/lora.py). Every rank must iterate. Nothing where all weights are trained. A value head, which is
+        trained beside them, is among `export_weights` alone."""
         return iter(())
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """While it lasts, `outputs` and `evaluate` are those of the weights that the adapters adapt: the policy that
+        training began with. Every rank enters and leaves it.
+
+        Raises:
+            ValueError: all weights are trained, so the first ones are no longer there.
+        """
+        raise ValueError("without_adapters: the run trains all weights; load a second engine with the first ones")
 
     @abstractmethod
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
@@ -92,6 +103,16 @@ class Engine(ABC):
     @abstractmethod
     def evaluate(self, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, tuple[float, float]]:
         """Metrics summed over this step's global batch, without gradients; the same on every rank."""
+
+    @abstractmethod
+    def outputs(self, micro_batches: Sequence[TokenBatch], entropies: bool = False) -> list[TokenOutputs]:
+        """What the model says of this data-parallel rank's own micro-batches, one by one, without gradients: reference
+        log-probabilities, rewards, values. On the engine's device, and the same on all ranks of a replica, each of
+        which must call it with the same micro-batches; all replicas with as many.
+
+        Args:
+            entropies: compute them too.
+        """
 
     @abstractmethod
     def save(self, directory: Path, background: bool = False) -> None:
@@ -123,3 +144,19 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave process groups, so that the program ends without warnings."""
+
+
+def blank_outputs(config: RunConfig, batch: TokenBatch, objective: Objective) -> TokenOutputs:
+    """Zeros in place of what the model would say, to ask an objective for its metrics' names or its weight sum."""
+    zeros = torch.zeros_like(batch.loss_weights)
+    return TokenOutputs(
+        zeros, zeros if needs_entropies(objective) else None, zeros if config.model.value_head else None
+    )
+
+
+def loss_of_all(outputs: TokenOutputs, output: ObjectiveOutput) -> Tensor:
+    """The loss sum, as a function of both heads of a model that has two: one that the objective does not look at gets a
+    gradient of zero, and not none, which reductions of gradients over ranks would wait for."""
+    if outputs.values is None:
+        return output.loss_sum
+    return output.loss_sum + 0.0 * (outputs.values.sum() + outputs.log_probs.sum())

@@ -21,19 +21,19 @@ OTHER_ADAPTERS = (
 
 
 def optimizer_groups(model: Step1ForCausalLM, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups of what is trained: matrices; norms, without weight decay; embedding and head, with their own
-    learning rate. A group has its `learning_rate_multiplier` and `weight_decay`; empty ones are left out."""
+    """AdamW's groups of what is trained: matrices; norms and a bias, without weight decay; embedding and head, with
+    their own learning rate. A group has its `learning_rate_multiplier` and `weight_decay`; empty ones are left out."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
     trained = {name: p for name, p in base_parameters(model).items() if p.requires_grad}
     embeddings = [trained[name] for name in names if name in trained]
     chosen = {id(p) for p in embeddings}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    # ZeRO has emptied the tensors that it cut up, and keeps what they were elsewhere; a norm is known by its name.
-    norms = {id(p) for name, p in trained.items() if name.endswith("norm.weight")}
+    # ZeRO has emptied the tensors that it cut up, and keeps what they were elsewhere; vectors are known by their names.
+    vectors = {id(p) for name, p in trained.items() if name.endswith(("norm.weight", ".bias"))}
     decay, multiplier = config.weight_decay, config.embedding_learning_rate_multiplier
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if id(p) not in norms], "learning_rate_multiplier": 1.0, "weight_decay": decay},
-        {"params": [p for p in rest if id(p) in norms], "learning_rate_multiplier": 1.0, "weight_decay": 0.0},
+        {"params": [p for p in rest if id(p) not in vectors], "learning_rate_multiplier": 1.0, "weight_decay": decay},
+        {"params": [p for p in rest if id(p) in vectors], "learning_rate_multiplier": 1.0, "weight_decay": 0.0},
         {"params": embeddings, "learning_rate_multiplier": multiplier, "weight_decay": decay},
     ]
     return [group for group in groups if group["params"]]
@@ -42,19 +42,6 @@ def optimizer_groups(model: Step1ForCausalLM, config: OptimizerConfig) -> list[d
 def adamw_options(config: OptimizerConfig) -> dict[str, Any]:
     """What all groups share, as torch.optim.AdamW takes it."""
     return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
-
-
-def checked(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """One tensor of `weights`.
-
-    Raises:
-        KeyError: it is missing.
-        ValueError: it has another shape; the message names the tensor and both shapes.
-    """
-    tensor = weights[name]
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}")
-    return tensor
 
 
 def exported(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -14,20 +15,19 @@ from torch import Tensor, nn
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
-from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
+from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult, loss_of_all
 from stepaudio_train.engines.hf_model import (
     OTHER_ADAPTERS,
     adamw_options,
-    checked,
     exported,
     initial_adapters,
     optimizer_groups,
 )
 from stepaudio_train.engines.precision import choose_device, choose_dtype
-from stepaudio_train.models.step1.lora import adapter_parameters, add_adapters, base_parameters
+from stepaudio_train.models.step1.lora import adapter_parameters, adapters_off, add_adapters, base_parameters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
-from stepaudio_train.models.step1.weight_map import hf_shapes, num_parameters
-from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs
+from stepaudio_train.models.step1.weight_map import checked, hf_shapes, num_parameters
+from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs, needs_entropies
 
 _MODEL_FILE, _ADAPTERS_FILE = "model.safetensors", "adapters.safetensors"
 _OPTIMIZER_FILE, _STATE_FILE = "optimizer.safetensors", "optimizer.json"
@@ -74,12 +74,17 @@ class LocalEngine(Engine):
         for name, parameter in self._adapters.items():
             yield name, _full(parameter)
 
+    def without_adapters(self) -> AbstractContextManager[None]:
+        return adapters_off(self.model) if self._adapters else super().without_adapters()
+
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
         outputs = []
         for batch in micro_batches:
-            output = self._forward(batch.to(self.device), objective)
-            output.loss_sum.backward()
+            batch = batch.to(self.device)
+            given = self._forward(batch, needs_entropies(objective))
+            output = objective(given, batch)
+            loss_of_all(given, output).backward()
             outputs.append(output)
         weight = float(sum(o.weight_sum for o in outputs))
         loss = float(sum(o.loss_sum.detach() for o in outputs)) / weight if weight else math.nan
@@ -99,11 +104,16 @@ class LocalEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, tuple[float, float]]:
-        return _added([self._forward(batch.to(self.device), objective) for batch in micro_batches])
+        batches = [batch.to(self.device) for batch in micro_batches]
+        return _added([objective(self._forward(batch, needs_entropies(objective)), batch) for batch in batches])
+
+    @torch.no_grad()
+    def outputs(self, micro_batches: Sequence[TokenBatch], entropies: bool = False) -> list[TokenOutputs]:
+        return [self._forward(batch.to(self.device), entropies) for batch in micro_batches]
 
     def save(self, directory: Path, background: bool = False) -> None:
-        """Synchronous whatever `background` says: one process has nothing to gain here. Of a model with adapters, they
-        alone are written."""
+        """Synchronous whatever `background` says: one process has nothing to gain here. Of a model with adapters, what
+        is trained is written: they, and a value head."""
         trained = self._trained()
         weights = {name: p.detach().contiguous() for name, p in trained.items()}
         save_file(weights, directory / (_ADAPTERS_FILE if self._adapters else _MODEL_FILE))
@@ -142,25 +152,27 @@ class LocalEngine(Engine):
         """Nothing to leave."""
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        return self._adapters or self._base
+        return {name: p for name, p in (self._adapters | self._base).items() if p.requires_grad}
 
     def _load_adapters(self, directory: Path) -> None:
         path = directory / _ADAPTERS_FILE
         saved = load_file(path) if path.is_file() else {}
-        own = {name: parameter.shape for name, parameter in self._adapters.items()}
+        trained = self._trained()
+        own = {name: parameter.shape for name, parameter in trained.items()}
         if {name: tensor.shape for name, tensor in saved.items()} != own:
             raise UserError(OTHER_ADAPTERS.format(directory=directory))
-        for name, parameter in self._adapters.items():
+        for name, parameter in trained.items():
             parameter.data.copy_(saved[name])
 
-    def _forward(self, batch: TokenBatch, objective: Objective) -> ObjectiveOutput:
+    def _forward(self, batch: TokenBatch, entropies: bool) -> TokenOutputs:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         recompute = self.config.engine.recompute != "none" and torch.is_grad_enabled()
         with autocast:
-            log_probs = self.model.log_probs(
-                batch.input_ids, batch.targets, batch.documents, batch.loss_weights != 0, recompute
+            return TokenOutputs(
+                *self.model.token_outputs(
+                    batch.input_ids, batch.targets, batch.documents, batch.loss_weights != 0, entropies, recompute
+                )
             )
-        return objective(TokenOutputs(log_probs), batch)
 
 
 def _full(parameter: nn.Parameter) -> Tensor:

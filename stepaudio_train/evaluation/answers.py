@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepaudio_train.config.sft import ChatHistory, ChatTemplate
-from stepaudio_train.data.chat import task_of, tool_call_text, turns_of
+from stepaudio_train.data.chat import TurnError, task_of, tool_call_text, turns_of
 from stepaudio_train.data.conversation_files import EncodedConversations
 from stepaudio_train.data.records import AudioPart, Message, Record, ToolCall
 from stepaudio_train.data.render import Renderer, RenderError, TokenSample
@@ -40,10 +40,10 @@ class Answered:
     @property
     def reference(self) -> str:
         """The written answer as it is taught, or what the spoken one says."""
-        # Of a call, what is left without the control pieces around it: they are not in `answer.text` either.
+        # As `answer.text` has it: stripped, and of a call what is left without the control pieces around it.
         last = turns_of(self.sample.record, audio_history=True)[-1]
         parts = (tool_call_text(p) if isinstance(p, ToolCall) else p.text or "" for p in last.content)
-        return "".join(parts)
+        return "".join(parts).strip()
 
     def line(self, vocabulary: Vocabulary) -> dict[str, Any]:
         """For answers.jsonl: with the record's `meta`, what `stepaudio evaluate control` takes."""
@@ -96,12 +96,16 @@ def is_spoken(sample: TokenSample) -> bool:
 def answerable(
     found: EncodedConversations, renderer: Renderer, template: ChatTemplate, history: ChatHistory
 ) -> tuple[list[TokenSample], list[Refusal]]:
-    """The conversations that can be put to a model, and the lines that cannot, each with the reason."""
+    """The conversations that can be put to a model, and the lines that cannot, each with the reason.
+
+    An answer that is there must be one of its task: what a model says is compared with it.
+    """
     samples, refused = [], list(found.refused)
     for where, sample in found.samples:
         try:
             renderer.render_chat_prompt(sample, template, history)
-        except RenderError as error:
+            turns_of(sample.record, audio_history=True)
+        except (RenderError, TurnError) as error:
             refused.append(Refusal(where, str(error).removeprefix(f"{sample.record.id}: ")))
         else:
             samples.append(sample)
@@ -166,7 +170,10 @@ def _with_audio_of(sample: TokenSample, other: TokenSample) -> TokenSample:
     place, others = _question(sample.record), _heard(other.record)
     message = sample.record.messages[place]
     given = iter(others * len(message.content))
-    content = tuple(next(given) if isinstance(part, AudioPart) else part for part in message.content)
+    # What it is said to say stays: TAQTA's reference begins with it.
+    content = tuple(
+        replace(next(given), text=part.text) if isinstance(part, AudioPart) else part for part in message.content
+    )
     messages = list(sample.record.messages)
     messages[place] = Message(message.role, content)
     return TokenSample(replace(sample.record, messages=tuple(messages)), {**sample.speech, **other.speech})

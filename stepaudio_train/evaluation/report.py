@@ -34,6 +34,13 @@ _SET_TITLES = {
 }
 
 
+_SPEED_CONTROL = (
+    "speed_control_spearman",
+    "speed_control_spearman_permuted_tags",
+    "speed_control_spearman_truth",
+)
+
+
 @dataclass(frozen=True)
 class FineTuningResults:
     """What the parts of the fine-tuning have written, read back."""
@@ -64,8 +71,11 @@ class FineTuningResults:
             "sft_asr_wer_shuffled_audio": round(exchanged["asr"]["wer"], 2),
             "aqta_exact": round(scores["aqta"]["exact"], 2),
             "aqta_exact_shuffled_audio": round(exchanged["aqta"]["exact"], 2),
-            "speed_control_spearman": round(self.control["speed_control_spearman"], 3),
-            "speed_control_spearman_permuted_tags": round(self.control["speed_control_spearman_permuted_tags"], 3),
+            **{
+                name: None if self.control.get(name) is None else round(self.control[name], 3)
+                for name in _SPEED_CONTROL
+            },
+            "silent_answers": self.control["num_refused"],
             "sft_tokens": int(self.metrics[-1]["tokens"]),
             "sft_conversations": self.data["data"]["conversations"],
             "sft_refused": self.data["data"]["num_refused"],
@@ -148,9 +158,10 @@ class QuickstartResults:
         if self.fine_tuning is not None:
             line += (
                 f"; fine-tuned: WER {found['sft_asr_wer']:.1f}%, spoken questions {found['aqta_exact']:.0f}% right "
-                f"({found['aqta_exact_shuffled_audio']:.0f}% with shuffled audio), speed as asked "
-                f"{found['speed_control_spearman']:.2f}"
+                f"({found['aqta_exact_shuffled_audio']:.0f}% with shuffled audio)"
             )
+            if found["speed_control_spearman"] is not None:
+                line += f", speed as asked {found['speed_control_spearman']:.2f}"
         return f"{line}; {found['tokens']:,} tokens, {found['minutes']:.1f} minutes"
 
 
@@ -264,8 +275,8 @@ def _continuations(results: QuickstartResults) -> str:
     return section(
         "Continuations",
         table(head, rows),
-        note=f"The model heard the first {seconds:g} s of a held-out recording and went on in audio tokens. Making "
-        "sound of them takes a vocoder; here the model itself says what it hears in its own speech.",
+        note=f"The model heard the first {seconds:g} s of a held-out recording and went on in audio tokens. Here the "
+        "model itself says what it hears in its own speech.",
     )
 
 

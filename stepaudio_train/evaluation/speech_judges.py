@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -24,6 +24,7 @@ from stepaudio_train.audio.features import SAMPLE_RATE_HZ, log_mel
 from stepaudio_train.audio.preprocessing import trim_silence
 from stepaudio_train.audio.reading import peak_normalise
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.judges import JudgeOptions
 from stepaudio_train.evaluation.endpoint_recogniser import EndpointRecogniser
 from stepaudio_train.evaluation.word_errors import normalise
 from stepaudio_train.models.decoder.speaker import CachedEmbedding, CamPlusEmbedding, SpeakerEmbedding, check_voice
@@ -58,25 +59,6 @@ class Judges:
     quality: QualityJudge | None = None
 
 
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Who is to judge. `none` leaves a judge out."""
-
-    recogniser: str = "pocketsphinx"
-    """pocketsphinx (English); whisper:FOLDER of a transformers model; endpoint:URL of an OpenAI-compatible server, as
-    endpoint:http://localhost:8000/v1, behind which Paraformer may be."""
-    speaker: str = "resemblyzer"
-    """resemblyzer; campplus:FILE.onnx; eres2net:FILE.onnx."""
-    quality: str = "dnsmos"
-    words: tuple[str, ...] = ()
-    """pocketsphinx hears these words alone, in any order; far better than all English where they are few."""
-    language: str | None = None
-    """Code, as `en`, that Whisper and endpoints are told; they guess if not given."""
-    endpoint_model: str = "whisper-1"
-    endpoint_key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the endpoint's key."""
-
-
 def build_judges(options: JudgeOptions) -> Judges:
     """Raises:
     UserError: an unknown name, a package or file that is missing, or a word that pocketsphinx does not know.
@@ -100,10 +82,6 @@ class PocketSphinx:
 
     _QUIET_S = 0.2
     _NOISE = 8e-3
-    # The mean of a recording is its own, so that no result depends on what came before.
-    _SETTINGS: Mapping[str, object] = {"samprate": SAMPLE_RATE_HZ, "cmn": "batch", "loglevel": "FATAL"}
-    # The default language weight and insertion penalty are those of a language model; a list of words has none.
-    _LIST_SETTINGS: Mapping[str, object] = {"lm": None, "lw": 1.0, "wip": 1e-16}
 
     def __init__(self, words: Sequence[str] = ()) -> None:
         """
@@ -113,12 +91,8 @@ class PocketSphinx:
         Raises:
             UserError: the package is missing, or has no pronunciation of a word.
         """
-        try:
-            import pocketsphinx
-        except ModuleNotFoundError:
-            raise _missing("pocketsphinx", "'stepaudio-train[judges]'", "--recogniser") from None
         known = list(dict.fromkeys(word for text in words for word in normalise(text).split()))
-        self._decoder = pocketsphinx.Decoder(**self._SETTINGS, **(self._LIST_SETTINGS if known else {}))
+        self._decoder = _pocketsphinx_decoder(bool(known))
         if unknown := [word for word in known if self._decoder.lookup_word(word) is None]:
             raise UserError(
                 f"pocketsphinx has no pronunciation of {', '.join(unknown)}; leave them out of the words, or choose "
@@ -140,6 +114,37 @@ class PocketSphinx:
         self._decoder.end_utt()
         found = self._decoder.hyp()
         return "" if found is None else found.hypstr
+
+
+def hearable(texts: Sequence[str]) -> tuple[list[bool], tuple[str, ...]]:
+    """Which texts `PocketSphinx` can hear, and the words of those, which `JudgeOptions.words` takes.
+
+    It can where it knows how every word is spoken: Mandarin, names and empty texts are out.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    decoder = _pocketsphinx_decoder(of_list=True)
+    split = [normalise(text).split() for text in texts]
+    known = {word for words in split for word in words if decoder.lookup_word(word) is not None}
+    heard = [bool(words) and known.issuperset(words) for words in split]
+    return heard, tuple(dict.fromkeys(word for words, can in zip(split, heard, strict=True) if can for word in words))
+
+
+def _pocketsphinx_decoder(of_list: bool) -> Any:
+    """English sounds, with the language model of all English or without any.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    try:
+        import pocketsphinx
+    except ModuleNotFoundError:
+        raise _missing("pocketsphinx", "'stepaudio-train[judges]'", "--recogniser") from None
+    # The default language weight and insertion penalty are those of a language model; a list of words has none.
+    of_words = {"lm": None, "lw": 1.0, "wip": 1e-16} if of_list else {}
+    # The mean of a recording is its own, so that no result depends on what came before.
+    return pocketsphinx.Decoder(samprate=SAMPLE_RATE_HZ, cmn="batch", loglevel="FATAL", **of_words)
 
 
 class Whisper:

@@ -81,13 +81,14 @@ def score_speech(pairs: Sequence[SpeechPair], judges: Judges) -> dict[str, Any]:
     Raises:
         UserError: a judge cannot judge at all.
     """
-    scores: list[Score] = []
-    refused: list[Refusal] = []
-    for pair in tqdm(pairs, desc="judge speech", unit="clip", dynamic_ncols=True):
-        try:
-            scores.append(_score(pair, judges))
-        except (AudioError, JudgeError) as error:
-            refused.append(Refusal(pair.id, str(error)))
+    shown = tqdm(pairs, desc="judge speech", unit="clip", dynamic_ncols=True)
+    return add_up([score_pair(pair, judges) for pair in shown])
+
+
+def add_up(outcomes: Sequence[Score | Refusal]) -> dict[str, Any]:
+    """What `score_speech` returns, of what `score_pair` returned."""
+    scores = [outcome for outcome in outcomes if isinstance(outcome, Score)]
+    refused = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
     return {
         "num_scored": len(scores),
         "num_refused": len(refused),
@@ -128,6 +129,18 @@ def _spoken_f0(contour: Contour) -> NDArray[np.float64]:
     """[frames] in Hz, from the first loud frame to the last."""
     places = np.flatnonzero(contour.loud)
     return contour.f0_hz[places[0] : places[-1] + 1].astype(np.float64) if len(places) else np.zeros(0)
+
+
+def score_pair(pair: SpeechPair, judges: Judges) -> Score | Refusal:
+    """What the judges say, or why they say nothing.
+
+    Raises:
+        UserError: a judge cannot judge at all.
+    """
+    try:
+        return _score(pair, judges)
+    except (AudioError, JudgeError) as error:
+        return Refusal(pair.id, str(error))
 
 
 def _score(pair: SpeechPair, judges: Judges) -> Score:

@@ -12,11 +12,17 @@ from stepaudio_train.data.batch import TokenBatch
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What an engine computes for every target token of a batch."""
+    """What an engine computes for every token of a batch."""
 
     log_probs: Tensor
     """[R, T] float32: log-probability of `batch.targets` under the model; 0 where the batch's loss weight is 0 (heads
     skip those tokens)."""
+    entropies: Tensor | None = None
+    """[R, T] float32, nats: entropy of the distribution that the target is drawn from, over the whole vocabulary; 0
+    where the loss weight is 0. Only for objectives that need them (`needs_entropies`). Differentiable."""
+    values: Tensor | None = None
+    """[R, T] float32: what the value head says after each token, those of loss weight 0 too. None for a model without
+    a value head."""
 
 
 @dataclass(frozen=True)
@@ -32,4 +38,11 @@ class ObjectiveOutput:
 
 
 class Objective(Protocol):
+    """May have an attribute `needs_entropies`; without it there are none."""
+
     def __call__(self, outputs: TokenOutputs, batch: TokenBatch) -> ObjectiveOutput: ...
+
+
+def needs_entropies(objective: Objective) -> bool:
+    """Whether the engine has to compute entropies for it: the language model's head then takes two thirds longer."""
+    return bool(getattr(objective, "needs_entropies", False))

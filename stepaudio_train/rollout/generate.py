@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
-from stepaudio_train.rollout.sampling import SamplingConfig, choose_tokens
+from stepaudio_train.rollout.sampling import NO_TOKEN, SamplingConfig, choose_tokens, forbid_repeats
 from stepaudio_train.tokenizers.vocabulary import PAD_ID
 
 _PADDING_DOCUMENT = -1
@@ -71,6 +71,7 @@ def _generate_batch(
         input_ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         documents[row, longest - len(prompt) :] = 0
     input_ids, documents = input_ids.to(device), documents.to(device)
+    recent = _recent(prompts, config.repetition_window).to(device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     stop_ids = torch.tensor(config.stop_ids, dtype=torch.int64, device=device)
     cache = model.new_cache()
@@ -78,7 +79,11 @@ def _generate_batch(
     steps = []
     for _ in range(config.max_new_tokens):
         hidden = model.model(input_ids, documents, cache)[:, -1]
-        tokens = choose_tokens(model.lm_head(hidden), config, generators)
+        logits = model.lm_head(hidden)
+        if config.repetition_window:
+            logits = forbid_repeats(logits, recent, config.repetition_share)
+        tokens = choose_tokens(logits, config, generators)
+        recent = torch.cat([recent, tokens[:, None]], dim=1)[:, 1:]
         steps.append(tokens)
         stopped |= torch.isin(tokens, stop_ids)
         if bool(stopped.all()):
@@ -86,6 +91,15 @@ def _generate_batch(
         input_ids = tokens[:, None]
         documents = torch.cat([documents, documents.new_zeros(len(prompts), 1)], dim=1)
     return [_cut(row, config.stop_ids) for row in torch.stack(steps, dim=1).tolist()]
+
+
+def _recent(prompts: list[Sequence[int]], window: int) -> torch.Tensor:
+    """[R, window]: the prompts' last ids, padding not counted."""
+    recent = torch.full((len(prompts), window), NO_TOKEN)
+    for row, prompt in enumerate(prompts):
+        known = min(window, len(prompt))
+        recent[row, window - known :] = torch.as_tensor(prompt[len(prompt) - known :])
+    return recent
 
 
 def _cut(ids: list[int], stop_ids: tuple[int, ...]) -> Generation:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1
+"""Stands for what is before a sample's first id."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -19,6 +22,10 @@ class SamplingConfig:
     """Draw among the k most likely tokens; 0 among all. No effect at temperature 0."""
     top_p: float = 1.0
     """Draw among the fewest tokens whose probabilities add up to this much. No effect at temperature 0."""
+    repetition_window: int = 0
+    """The released programs' rule against stutters, over the last so many ids (theirs: 10), the prompt's included: the
+    last id is not chosen again while it makes up more than `repetition_share` of them. 0: no such rule."""
+    repetition_share: float = 0.1
     stop_ids: tuple[int, ...] = ()
     """Generation of a sample ends with the first of these; it is not part of the result."""
 
@@ -28,6 +35,8 @@ class SamplingConfig:
             ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("repetition_window", self.repetition_window, self.repetition_window >= 0, "0 (no rule) or more"),
+            ("repetition_share", self.repetition_share, 0 <= self.repetition_share <= 1, "between 0 and 1"),
         )
         broken = [f"{name}={value}: must be {rule}" for name, value, holds, rule in rules if not holds]
         if broken:
@@ -62,3 +71,17 @@ def choose_tokens(logits: Tensor, config: SamplingConfig, generators: list[torch
     index = torch.searchsorted(cumulative, drawn, right=True)
     last_kept = (probabilities > 0).sum(-1, keepdim=True) - 1
     return ids.gather(1, torch.minimum(index, last_kept)).squeeze(1)
+
+
+def forbid_repeats(logits: Tensor, recent: Tensor, share: float) -> Tensor:
+    """Logits [R, V] in which the last id is impossible where it makes up more than `share` of the window, as StepFun's
+    RepetitionAwareLogitsProcessor has it (formats.md 7).
+
+    Args:
+        recent: [R, W] int64, each sample's last ids, `NO_TOKEN` before the first one. As released, nothing is forbidden
+            before there are W ids.
+    """
+    last = recent[:, -1:].clamp(min=0)
+    whole = (recent != NO_TOKEN).all(1, keepdim=True)
+    repeated = (recent == last).sum(1, keepdim=True) > share * recent.shape[1]
+    return logits.scatter(1, last, logits.gather(1, last).masked_fill(whole & repeated, -torch.inf))

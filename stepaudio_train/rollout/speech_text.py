@@ -84,9 +84,16 @@ class SpeechTextModel:
         self, texts: Sequence[str], config: SamplingConfig, seeds: Sequence[int] | None = None
     ) -> list[SpeechTokens]:
         """Speech tokens for each text; `config.stop_ids` is set here."""
-        records = [speech_record(str(index), AudioPart(_AUDIO_NAME, text=text)) for index, text in enumerate(texts)]
-        prompts = [self.renderer.render_prompt(TokenSample(record), "tts").tolist() for record in records]
-        return [self._speech(g) for g in self._generate(prompts, replace(config, stop_ids=_END_OF_AUDIO), seeds)]
+        return [self._speech(generation) for generation in self._spoken(texts, config, seeds)]
+
+    def read_aloud(
+        self, texts: Sequence[str], config: SamplingConfig, seeds: Sequence[int] | None = None
+    ) -> list[Answer]:
+        """As `speak`, and whether each reading ended by itself."""
+        return [
+            Answer("", self._speech(generation), generation.stop_id == Special.AUDIO_END)
+            for generation in self._spoken(texts, config, seeds)
+        ]
 
     def continue_speech(
         self, speech: Sequence[SpeechTokens], config: SamplingConfig, seeds: Sequence[int] | None = None
@@ -119,6 +126,11 @@ class SpeechTextModel:
         audio = [index for index in generation.ids if first_audio <= index < end]
         speech = self._speech(replace(generation, ids=audio)) if audio else None
         return Answer(self._text(generation), speech, generation.stop_id == Special.EOT)
+
+    def _spoken(self, texts: Sequence[str], config: SamplingConfig, seeds: Sequence[int] | None) -> list[Generation]:
+        records = [speech_record(str(index), AudioPart(_AUDIO_NAME, text=text)) for index, text in enumerate(texts)]
+        prompts = [self.renderer.render_prompt(TokenSample(record), "tts").tolist() for record in records]
+        return self._generate(prompts, replace(config, stop_ids=_END_OF_AUDIO), seeds)
 
     def _generate(
         self, prompts: list[list[int]], config: SamplingConfig, seeds: Sequence[int] | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,9 +20,10 @@ from tqdm import tqdm
 
 from stepaudio_train.config.learning import LoopConfig
 from stepaudio_train.config.paths import complete_checkpoints, latest_checkpoint
+from stepaudio_train.engines.process_group import join_process_group, own_device
 from stepaudio_train.tokenizers.learning.parallel import all_sum
 from stepaudio_train.training.checkpoints import CheckpointError
-from stepaudio_train.training.loggers import LoggedConfig, MetricsLogger
+from stepaudio_train.training.loggers import LoggedConfig, MetricsLogger, log_to_file
 from stepaudio_train.training.run_directory import RunDirectory
 from stepaudio_train.training.stop_signal import StopOnSignal
 
@@ -49,11 +52,48 @@ class Learner(Protocol[Batch]):
         """Read what `save` wrote."""
 
 
+class StartedConfig(LoggedConfig, Protocol):
+    """The configuration of what is `started`."""
+
+    @property
+    def run_dir(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+
 class LearningConfig(LoggedConfig, Protocol):
     """The configuration of a run of `learn`."""
 
     @property
     def training(self) -> LoopConfig: ...
+
+
+@contextmanager
+def started(config: StartedConfig) -> Iterator[tuple[RunDirectory, MetricsLogger | None, torch.device]]:
+    """Own the run directory, in a process group, for as long as the block lasts; every process enters it.
+
+    Yields:
+        the run directory, the first process's logger (None for the others), and this process's device.
+
+    Raises:
+        ConfigError: the run directory cannot be had.
+    """
+    with ExitStack() as leaving:
+        run, is_main = RunDirectory(config.run_dir), int(os.environ.get("RANK", "0")) == 0
+        leaving.callback(run.release)
+        if is_main:
+            run.claim(config)
+        device = own_device(config.device)
+        join_process_group(device)
+        leaving.callback(dist.destroy_process_group)
+        # The others write into the folder once it is there.
+        dist.barrier()
+        log_to_file(run.logs, dist.get_rank())
+        logger = MetricsLogger(run, config) if is_main else None
+        if logger is not None:
+            leaving.callback(logger.close)
+        yield run, logger, device
 
 
 def learn(

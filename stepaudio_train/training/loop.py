@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -31,6 +32,9 @@ from stepaudio_train.training.weights import export, initialise
 
 log = logging.getLogger(__name__)
 
+Sums = Mapping[str, tuple[float, float]]
+"""Name of a metric -> (sum, weight) over a global batch, or over several."""
+
 
 class Sampler(Protocol):
     """Shows what the model says while it learns."""
@@ -42,6 +46,11 @@ class Sampler(Protocol):
         """Every rank calls it, with the weights as they are after `step`."""
 
 
+def means(sums: Sums) -> dict[str, float]:
+    """Every sum over its weight; what has no weight is left out."""
+    return {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
+
+
 def fit(
     config: RunConfig,
     engine: Engine,
@@ -50,9 +59,15 @@ def fit(
     run: RunDirectory,
     validation: Sequence[TokenBatch] = (),
     sampler: Sampler | None = None,
+    summarise: Callable[[Sums], dict[str, float]] = means,
+    report: Callable[[Path], Path] = write_run_report,
 ) -> bool:
     """Train to `training.max_steps`, or until `training.early_stop` ends it, going on from the run's newest checkpoint
     if there is one.
+
+    Args:
+        summarise: from the objective's sums to the metrics that are logged.
+        report: writes report.html of a run directory.
 
     Returns:
         False if SIGTERM ended it early: a checkpoint was saved, the same command goes on from it.
@@ -69,7 +84,7 @@ def fit(
     engine.barrier()
     early_stop = EarlyStop(training.early_stop, state.best)
     stop = StopOnSignal()
-    meter = _Meter(config, engine, state)
+    meter = _Meter(config, engine, state, summarise)
     logger = MetricsLogger(run, config) if engine.is_main else None
     bar = tqdm(
         total=training.max_steps,
@@ -88,7 +103,8 @@ def fit(
             last = step == training.max_steps
             evaluated = bool(validation) and (last or _every(training.eval_every, step))
             if evaluated:
-                metrics |= _evaluated(engine, validation, objective, training.micro_batch_rows)
+                found = summarise(_evaluated(engine, validation, objective, training.micro_batch_rows))
+                metrics |= {f"val/{name}": value for name, value in found.items()}
                 early_stop.judge(step, metrics)
                 last = last or early_stop.reached
             if logger is not None and (last or evaluated or step % training.log_every == 0):
@@ -119,7 +135,7 @@ def fit(
             log.info("the best weights, of step %d, are the result", step)
         _write_result(config, engine, run, step, sampler)
     if engine.is_main:
-        write_run_report(run.path)
+        report(run.path)
     return finished
 
 
@@ -142,7 +158,7 @@ def _write_result(config: RunConfig, engine: Engine, run: RunDirectory, step: in
     if sampler is not None:
         sampler(engine, step)
     if config.training.export_hf:
-        export(engine, run.export, config.vocabulary.text_tokenizer, _losses_at(step, run))
+        export(engine, run.export, config.vocabulary.text_tokenizer, _card_metrics(step, run))
     if config.lora is not None:
         adapters = dict(engine.adapters())
         if engine.is_main:
@@ -154,18 +170,20 @@ def _every(steps: int, step: int) -> bool:
     return steps > 0 and step % steps == 0
 
 
-def _losses_at(step: int, run: RunDirectory) -> dict[str, float]:
-    """Losses of a step, held-out ones among them; none if it was not logged."""
+def _card_metrics(step: int, run: RunDirectory) -> dict[str, float]:
+    """Losses of a step, and all that was measured on held-out data; none if it was not logged."""
     lines = (line for line in read_metrics(run.metrics_file) if line["step"] == step)
     metrics = next(lines, {})
-    return {name: value for name, value in metrics.items() if name.removeprefix("val/").startswith("loss")}
+    return {name: value for name, value in metrics.items() if name.startswith(("loss", "val/"))}
 
 
 class _Meter:
     """Turns step results into the metrics of a line, and keeps the running totals."""
 
-    def __init__(self, config: RunConfig, engine: Engine, state: TrainingState) -> None:
-        self._config, self._engine = config, engine
+    def __init__(
+        self, config: RunConfig, engine: Engine, state: TrainingState, summarise: Callable[[Sums], dict[str, float]]
+    ) -> None:
+        self._config, self._engine, self._summarise = config, engine, summarise
         self._tokens, self._elapsed_s = state.tokens, state.elapsed_s
         dtype = choose_dtype(config.engine.precision, engine.device)
         self._peak = peak_flops_per_s(engine.device, dtype)
@@ -181,7 +199,7 @@ class _Meter:
         self._elapsed_s += duration_s
         metrics: dict[str, float | int] = {
             "step": step,
-            **_means(result.metrics),
+            **self._summarise(result.metrics),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
@@ -198,19 +216,13 @@ class _Meter:
         return TrainingState(step, self._tokens, self._elapsed_s, self._config.engine.name, best)
 
 
-def _means(metrics: dict[str, tuple[float, float]], prefix: str = "") -> dict[str, float]:
-    return {prefix + name: total / weight for name, (total, weight) in metrics.items() if weight > 0}
-
-
-def _evaluated(
-    engine: Engine, batches: Sequence[TokenBatch], objective: Objective, micro_batch_rows: int
-) -> dict[str, float]:
+def _evaluated(engine: Engine, batches: Sequence[TokenBatch], objective: Objective, micro_batch_rows: int) -> Sums:
     totals: dict[str, tuple[float, float]] = {}
     for batch in batches:
         for name, (total, weight) in engine.evaluate(batch.split(micro_batch_rows), objective).items():
             before = totals.get(name, (0.0, 0.0))
             totals[name] = (before[0] + total, before[1] + weight)
-    return _means(totals, "val/")
+    return totals
 
 
 def _step_or_report(
@@ -229,7 +241,8 @@ def _step_or_report(
         if engine.is_replica_main:
             folder.mkdir(exist_ok=True)
             name = f"step_{step:08d}.replica{engine.data_parallel_rank}"
-            save_file({k: v.contiguous() for k, v in vars(batch).items()}, folder / f"{name}.safetensors")
+            tensors = {k: v.contiguous() for k, v in batch.named_tensors().items()}
+            save_file(tensors, folder / f"{name}.safetensors")
             present = [TASKS[i] for i in torch.unique(batch.tasks).tolist()]
             summary = {
                 "step": step,

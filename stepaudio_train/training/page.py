@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import platform
@@ -9,15 +10,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import matplotlib
+import numpy as np
+import soundfile
 import torch
+from matplotlib import image, mlab
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name -> (x, y) of a line."""
 
 _MAX_POINTS = 400
+_WINDOW_SAMPLES = 512
+_SHOWN_HZ = 8000
 _PACKAGES = ("torch", "megatron-core", "megatron-energon", "hydra-core", "sentencepiece", "numpy", "stepaudio-train")
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -29,6 +37,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1rem; }
 .charts svg { width: 100%; height: auto; }
 pre { background: #f5f6fa; padding: .8rem; overflow-x: auto; font-size: .8rem; }
+figure.sound { margin: 0; width: 11rem; } .sound img { width: 100%; height: 5rem; } .sound audio { width: 100%; }
 code { font-size: .85em; word-break: break-word; } .wrong { color: #b3261e; } .right { color: #2c6e49; }
 """
 
@@ -93,6 +102,19 @@ def judged(reference: str, hypothesis: str) -> Markup:
     return Markup(f'<span class="{kind}">{html.escape(hypothesis) or "(nothing)"}</span>')
 
 
+def player(path: Path, caption: str = "") -> Markup:
+    """A sound file, its spectrogram and a line under them; all of it is put into the page."""
+    waveform, sample_rate_hz = soundfile.read(path, dtype="float32")
+    sound = base64.b64encode(path.read_bytes()).decode()
+    picture = base64.b64encode(_spectrogram(waveform, sample_rate_hz)).decode()
+    kind = "flac" if path.suffix == ".flac" else "wav"
+    return Markup(
+        f'<figure class="sound"><img alt="spectrogram" src="data:image/png;base64,{picture}">'
+        f'<audio controls preload="none" src="data:audio/{kind};base64,{sound}"></audio>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
 def section(title: str, *parts: str, note: str = "") -> str:
     """A headed section of ready HTML parts; '' if all of them are empty."""
     if not any(parts):
@@ -140,6 +162,17 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def _spectrogram(waveform: NDArray[np.float32], sample_rate_hz: int) -> bytes:
+    """[samples] as PNG: time to the right, up to 8 kHz upwards, the loudest 80 dB from dark to bright."""
+    padded = np.pad(waveform, (0, max(0, 2 * _WINDOW_SAMPLES - len(waveform))))
+    power, _, _ = mlab.specgram(padded, _WINDOW_SAMPLES, sample_rate_hz, noverlap=_WINDOW_SAMPLES * 3 // 4)
+    shown = power[: round(len(power) * min(1.0, 2 * _SHOWN_HZ / sample_rate_hz))]
+    decibels = 10 * np.log10(np.maximum(shown, 1e-12))
+    loudest, picture = decibels.max(), io.BytesIO()
+    image.imsave(picture, decibels, vmin=loudest - 80, vmax=loudest, cmap="magma", origin="lower", format="png")
+    return picture.getvalue()
 
 
 def _averaged(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -43,6 +43,7 @@ what oneDNN takes on a CPU, checkpoints while they are written.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from stepaudio_train.config.checks import data_parallel_size
 from stepaudio_train.config.schema import RunConfig
@@ -51,6 +52,8 @@ from stepaudio_train.training.plan_activations import activation_bytes
 from stepaudio_train.training.plan_states import base_elements, rank_states
 
 _RUNTIME_BYTES = 2 * 2**30
+# A search plans hundreds of layouts of one model.
+_num_parameters = lru_cache(maxsize=8)(num_parameters)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     micro_batches = config.training.global_batch_rows // (dp * config.training.micro_batch_rows)
     stages = range(config.engine.pipeline_parallel)
     plans = tuple(_plan_stage(config, stage, world_size, micro_batches) for stage in stages)
-    return RunPlan(num_parameters(config.model), world_size, dp, micro_batches, plans)
+    return RunPlan(_num_parameters(config.model), world_size, dp, micro_batches, plans)
 
 
 def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> StagePlan:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from stepaudio_train.config.checks import layout_problems
-from stepaudio_train.config.schema import LoraConfig, RunConfig
+from stepaudio_train.config.schema import LoraConfig, PretrainConfig, RunConfig
 from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.training.plan import plan_run
 
@@ -43,7 +43,7 @@ def remedies(config: RunConfig, world_size: int, memory_bytes: float) -> list[Re
         if way not in found:
             plan = plan_run(changed, ranks)
             if plan.peak <= memory_bytes:
-                found[way] = Remedy(_overrides(config, changed), ranks, plan.peak, plan.host)
+                found[way] = Remedy(overrides_between(config, changed), ranks, plan.peak, plan.host)
     return list(found.values())
 
 
@@ -52,7 +52,7 @@ def _by_changes(config: RunConfig, world_size: int) -> list[tuple[RunConfig, int
 
     def effort(candidate: tuple[RunConfig, int]) -> tuple[int, int]:
         changed, ranks = candidate
-        return len(_overrides(config, changed)) + (ranks != world_size), ranks
+        return len(overrides_between(config, changed)) + (ranks != world_size), ranks
 
     return sorted(_candidates(config, world_size), key=effort)
 
@@ -102,12 +102,15 @@ def _engines(config: RunConfig, world_size: int) -> Iterator[tuple[dict[str, Any
                 yield {"name": "megatron", "offload": "none", **fields}, ranks
 
 
-def _overrides(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
-    keys = ("name", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "zero_stage", "offload", "recompute")
+def overrides_between(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
+    """What to type to turn one layout of a run into another."""
     old, new = vars(before.engine), vars(after.engine)
-    typed = [f"engine.{key}={new[key]}" for key in keys if old[key] != new[key]]
+    typed = [f"engine.{key}={new[key]}" for key in old if old[key] != new[key] and key != "extra"]
     if before.training.micro_batch_rows != after.training.micro_batch_rows:
         typed.append(f"training.micro_batch_rows={after.training.micro_batch_rows}")
+    streams = [config.data.num_streams for config in (before, after) if isinstance(config, PretrainConfig)]
+    if len(set(streams)) > 1:
+        typed.append(f"data.num_streams={streams[1]}")
     if before.lora is None and after.lora is not None:
         typed.append(f"lora.rank={after.lora.rank}")
     return tuple(typed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,29 @@ def task_keys(metrics: Metrics, prefix: str = "loss/") -> list[str]:
     return sorted({k for line in metrics for k in line if k.startswith(f"{prefix}task/")})
 
 
-def write_run_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html; returns its path. A run without any metrics gets a page that says so."""
+def language_model_sections(run_dir: Path, metrics: Metrics) -> list[str]:
+    """What a run learned that predicts tokens."""
+    return [
+        section("Losses", _loss_charts(metrics), note="Nats per token, on the training batches."),
+        section("Held-out losses", _validation(metrics), note="Nats per token, on the validation data."),
+        section("Conversations", used_files(run_dir)),
+        section("Answers while it learned", _samples(run_dir)),
+    ]
+
+
+def write_run_report(run_dir: Path, learned: Callable[[Path, Metrics], list[str]] = language_model_sections) -> Path:
+    """Write `run_dir`/report.html; returns its path. A run without any metrics gets a page that says so.
+
+    Args:
+        learned: the sections on what the run learned.
+    """
     metrics = read_metrics(run_dir / "metrics.jsonl")
     config_file = run_dir / "config.yaml"
     config = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
     last = f"{len(metrics)} logged steps" if metrics else "no step was logged"
     sections = [
         section("Summary", _summary(metrics)),
-        section("Losses", _loss_charts(metrics), note="Nats per token, on the training batches."),
-        section("Held-out losses", _validation(metrics), note="Nats per token, on the validation data."),
-        section("Conversations", _conversations(run_dir)),
-        section("Answers while it learned", _samples(run_dir)),
+        *learned(run_dir, metrics),
         section("Optimisation and speed", _speed_charts(metrics)),
         section("What ran", table(("", ""), environment().items()), details("config.yaml", config)),
     ]
@@ -77,15 +88,15 @@ def write_run_report(run_dir: Path) -> Path:
 
 
 def conversation_tables(used: Mapping[str, Any]) -> str:
-    """What a fine-tuning used of one file, and what it left out and why.
+    """What a run used of one file of conversations or preferences, and what it left out and why.
 
     Args:
         used: an entry of data_report.json.
     """
-    tasks = ", ".join(f"{count} {task}" for task, count in used["tasks"].items())
+    what, kinds = ("pairs", "categories") if "pairs" in used else ("conversations", "tasks")
     rows = [
-        ("conversations", used["conversations"]),
-        ("of these", tasks),
+        (what, used[what]),
+        ("of these", ", ".join(f"{count} {kind}" for kind, count in used[kinds].items())),
         ("tokens", used["tokens"]),
         ("tokens that teach", used["tokens_with_loss"]),
         ("left out", used["num_refused"]),
@@ -94,7 +105,8 @@ def conversation_tables(used: Mapping[str, Any]) -> str:
     return table((used["path"], ""), rows) + (table(("left out", "why"), refused) if refused else "")
 
 
-def _conversations(run_dir: Path) -> str:
+def used_files(run_dir: Path) -> str:
+    """The tables of data_report.json; '' if there is none."""
     file = run_dir / "data_report.json"
     if not file.is_file():
         return ""
@@ -107,11 +119,11 @@ def _samples(run_dir: Path) -> str:
     if not files:
         return ""
     lines = [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()]
-    rows = [(line["task"], *(_short(line[key]) for key in ("prompt", "reference", "answer"))) for line in lines]
+    rows = [(line["task"], *(short(line[key]) for key in ("prompt", "reference", "answer"))) for line in lines]
     return table((files[-1].stem, "asked", "expected", "answered"), rows)
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """Audio as the number of its codes, so that what is written can be read."""
     return re.sub(r"(?:<audio_\d+>)+", lambda run: f" [{run[0].count('<')} audio tokens] ", text)
 

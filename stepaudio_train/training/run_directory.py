@@ -18,6 +18,7 @@ _FREE_TO_CHANGE = (
     "engine",
     "logging",
     "validation",
+    "data.held_out",
     "training.max_steps",
     "training.micro_batch_rows",
     "training.log_every",

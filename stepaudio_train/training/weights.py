@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from stepaudio_train.config.errors import ConfigError
+from stepaudio_train.config.preference_runs import PreferenceRunConfig
 from stepaudio_train.config.schema import RunConfig, Step1Config
-from stepaudio_train.config.sft import SftConfig
+from stepaudio_train.config.sft import ChatTemplate, SftConfig
 from stepaudio_train.convert.changes import ResizedVocabulary
 from stepaudio_train.convert.companions import ModelCard, write_companions
 from stepaudio_train.convert.huggingface_files import SafetensorsWriter
@@ -37,7 +39,8 @@ def initialise(engine: Engine, config: RunConfig) -> None:
     if source.model.vocab_size != config.model.vocab_size:
         log.info("growing the vocabulary from %d text ids to %d", source.model.vocab_size, config.model.vocab_size)
         reader = ResizedVocabulary(reader, source.model, config.model.vocab_size, config.training.seed)
-    engine.load_weights(LazyWeights(reader, config.model))
+    # A value head that is not there begins anew; one that this run has not is left where it is.
+    engine.load_weights(LazyWeights(reader, replace(config.model, value_head=source.model.value_head)))
     log.info("weights from %s", source.path)
 
 
@@ -65,7 +68,7 @@ def export(engine: Engine, directory: Path, text_tokenizer: str | None, metrics:
             config.model,
             str(dtype).removeprefix("torch."),
             Path(text_tokenizer) if text_tokenizer is not None else None,
-            chat_template=CHAT_TEMPLATES[config.data.template if isinstance(config, SftConfig) else "chat"],
+            chat_template=CHAT_TEMPLATES[_chat_template(config)],
             # Every training document begins with <s>.
             add_bos=True,
             card=ModelCard.of_run(config, metrics),
@@ -73,6 +76,10 @@ def export(engine: Engine, directory: Path, text_tokenizer: str | None, metrics:
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     engine.barrier()
+
+
+def _chat_template(config: RunConfig) -> ChatTemplate:
+    return config.data.template if isinstance(config, (SftConfig, PreferenceRunConfig)) else "chat"
 
 
 def _require_fit(source: Source, config: RunConfig) -> None:
@@ -93,5 +100,5 @@ def _require_fit(source: Source, config: RunConfig) -> None:
 
 
 def _sizes() -> tuple[str, ...]:
-    free = {"vocab_size", "max_seq_len", "init_std", "rms_norm_eps"}
+    free = {"vocab_size", "max_seq_len", "init_std", "rms_norm_eps", "value_head"}
     return tuple(name for name in Step1Config.__dataclass_fields__ if name not in free)

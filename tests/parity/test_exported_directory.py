@@ -318,33 +318,35 @@ def test_what_cannot_be_computed_is_refused(theirs):
         theirs()
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["bos", "no_bos"])
+@pytest.fixture(scope="module", params=["chat", "tts", "tts_bos"])
 def released(request, tmp_path_factory):
+    """The released tokenizer as it is exported with a template, and the template's name."""
     if not RELEASED.is_file():
         pytest.skip("needs the released tokenizer in ../shared/released")
     folder = tmp_path_factory.mktemp("released")
     model = Step1Config(vocab_size=74752)
-    template = CHAT_TEMPLATES["chat" if request.param else "tts"]
-    write_companions(folder, model, "bfloat16", RELEASED, chat_template=template, add_bos=request.param, card=None)
+    template, add_bos = CHAT_TEMPLATES[request.param], request.param != "tts"
+    write_companions(folder, model, "bfloat16", RELEASED, chat_template=template, add_bos=add_bos, card=None)
     return AutoTokenizer.from_pretrained(folder), request.param
 
 
 def test_released_ids(released):
-    tokenizer, bos = released
+    tokenizer, template = released
     assert len(tokenizer) == 74752
     for text, ids in [
         ("assistant\n", [15886, 78]),
         ("<|BOT|>human\n你好<|EOT|><|BOT|>assistant\n", [4, 28504, 78, 1027, 922, 3, 4, 56446, 78]),
         ("<audio_0><audio_5119>", [65536, 70655]),
     ]:
-        assert tokenizer.encode(text) == [1] * bos + ids
+        assert tokenizer.encode(text) == [1] * (template != "tts") + ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 @needs_golden
 def test_golden_ids(released):
     """The released program encodes every turn by itself; so does this test, with the texts read off the golden ids."""
-    tokenizer, bos = released
+    tokenizer, template = released
+    bos = template != "tts"
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     prompts = golden[f"transformers4.48.3_add_bos_{bos}"]
     assert len(prompts) == 4
@@ -368,8 +370,7 @@ def test_golden_ids(released):
 
 
 def test_served_conversations_have_the_ids_that_were_trained_on(released):
-    tokenizer, is_chat = released
-    template = "chat" if is_chat else "tts"
+    tokenizer, template = released
     renderer = Renderer(Vocabulary(65536), TextTokenizer.from_file(RELEASED))
     audio = "<audio_0><audio_1><audio_1024><audio_1025><audio_1026>"
     messages = (
@@ -392,8 +393,7 @@ def test_served_conversations_have_the_ids_that_were_trained_on(released):
 
 
 def test_served_tools_have_the_ids_that_were_trained_on(released):
-    tokenizer, is_chat = released
-    template = "chat" if is_chat else "tts"
+    tokenizer, template = released
     renderer = Renderer(Vocabulary(65536), TextTokenizer.from_file(RELEASED))
     schema = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     arguments = {"a": 7, "为": "二"}
@@ -416,16 +416,20 @@ def test_served_tools_have_the_ids_that_were_trained_on(released):
 
 
 @needs_golden
-def test_a_chat_prompt_has_the_golden_ids(released):
-    tokenizer, is_chat = released
-    if is_chat:
-        golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-        opened = golden["chat_text"].split("<|BOT|>")[1:-1]
-        turns = [
-            dict(zip(("role", "content"), turn.removesuffix("<|EOT|>").split("\n"), strict=True)) for turn in opened
-        ]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        assert ids == golden["chat_ids_stepaudio_py"]
+def test_released_prompts_have_the_golden_ids(released):
+    """Their turns, read off the golden ids, by the chat template."""
+    tokenizer, template = released
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    of_template = {
+        "chat": {"stepaudio.py": golden["chat_ids_stepaudio_py"]},
+        "tts": golden["transformers4.48.3_add_bos_False"],
+        "tts_bos": golden["transformers4.48.3_add_bos_True"],
+    }
+    for ids in of_template[template].values():
+        text = tokenizer.decode([index for index in ids if index != Special.BOS], skip_special_tokens=False)
+        opened = [turn.removesuffix("<|EOT|>").partition("\n") for turn in text.split("<|BOT|>")[1:-1]]
+        turns = [{"role": role.strip(), "content": content} for role, _, content in opened]
+        assert tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == ids
 
 
 def test_small_tokenizers_name_every_audio_id(directory):

@@ -9,6 +9,7 @@ class Step1Config(PretrainedConfig):
     Args:
         num_attention_groups: key/value heads; each serves contiguous query heads.
         max_seq_len: tokens of the longest sequence it was trained on. Nothing is computed from it.
+        value_head: whether there is a `value_head`, as reward models and critics have it.
 
     Raises:
         ValueError: heads do not divide, or the head is said to be tied to the embedding.
@@ -34,6 +35,7 @@ class Step1Config(PretrainedConfig):
         eos_token_id: int = 3,
         pad_token_id: int = 0,
         tie_word_embeddings: bool = False,
+        value_head: bool = False,
         **kwargs,
     ) -> None:
         if hidden_size % num_attention_heads or num_attention_heads % num_attention_groups:
@@ -51,6 +53,7 @@ class Step1Config(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.value_head = value_head
         super().__init__(
             bos_token_id=bos_token_id,
             eos_token_id=eos_token_id,

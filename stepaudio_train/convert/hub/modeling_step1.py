@@ -276,7 +276,8 @@ class Step1Model(Step1PreTrainedModel):
 
 
 class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
-    """The language model; `lm_head` is never tied to the embedding."""
+    """The language model; `lm_head` is never tied to the embedding. With `config.value_head`, the values of tokens are
+    `model.value_head(model.model(input_ids).last_hidden_state)`, [B, T, 1]."""
 
     def __init__(self, config: Step1Config) -> None:
         # Again: what the caller of from_pretrained sets is set after the configuration was checked.
@@ -284,6 +285,8 @@ class Step1ForCausalLM(Step1PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Step1Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.value_head:
+            self.value_head = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

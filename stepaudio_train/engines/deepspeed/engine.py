@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
-from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
-from stepaudio_train.engines.hf_model import checked, exported, initial_adapters
+from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult, blank_outputs, loss_of_all
+from stepaudio_train.engines.hf_model import exported, initial_adapters
 from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.engines.process_group import join_process_group, own_device
-from stepaudio_train.models.step1.lora import adapter_parameters, base_parameters
-from stepaudio_train.models.step1.weight_map import num_parameters
-from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs
+from stepaudio_train.models.step1.lora import adapter_parameters, adapters_off, base_parameters
+from stepaudio_train.models.step1.weight_map import checked, num_parameters
+from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs, needs_entropies
 
 
 class DeepSpeedEngine(Engine):
@@ -61,6 +62,9 @@ class DeepSpeedEngine(Engine):
             if self.is_main:
                 yield name, value
 
+    def without_adapters(self) -> AbstractContextManager[None]:
+        return adapters_off(self._zero.model) if self._adapters else super().without_adapters()
+
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         batches = [batch.to(self.device) for batch in micro_batches]
         weight = self._global_weight(batches, objective)
@@ -73,12 +77,13 @@ class DeepSpeedEngine(Engine):
         for batch in batches:
             last = batch is batches[-1]
             self._zero.announce(last)
-            outputs.append(self._forward(batch, objective))
+            given = self._forward(batch, needs_entropies(objective))
+            outputs.append(objective(given, batch))
             if last:
                 loss_sum, totals = self._summed(outputs)
                 # DeepSpeed leaves out a step whose gradients are not finite: so they shall not be if the loss is not.
                 scale = scale if math.isfinite(loss_sum) else math.nan
-            self._zero.backward(outputs[-1].loss_sum * scale)
+            self._zero.backward(loss_of_all(given, outputs[-1]) * scale)
         norm = self._zero.step(learning_rate)
         if not math.isfinite(norm):
             raise NonFiniteError(f"loss {loss_sum / weight}, gradient norm {norm}")
@@ -86,13 +91,20 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, tuple[float, float]]:
+        batches = [batch.to(self.device) for batch in micro_batches]
+        given = self.outputs(batches, needs_entropies(objective))
+        return self._summed([objective(*pair) for pair in zip(given, batches, strict=True)])[1]
+
+    @torch.no_grad()
+    def outputs(self, micro_batches: Sequence[TokenBatch], entropies: bool = False) -> list[TokenOutputs]:
         self._zero.model.eval()
-        outputs = [self._forward(batch.to(self.device), objective) for batch in micro_batches]
+        outputs = [self._forward(batch.to(self.device), entropies) for batch in micro_batches]
         self._zero.model.train()
-        return self._summed(outputs)[1]
+        return outputs
 
     def save(self, directory: Path, background: bool = False) -> None:
-        """Synchronous whatever `background` says. Of a model with adapters, they alone are written."""
+        """Synchronous whatever `background` says. Of a model with adapters, what is trained is written: they, and a
+        value head."""
         self._checkpoints.save(directory)
 
     def load(self, directory: Path) -> None:
@@ -111,13 +123,13 @@ class DeepSpeedEngine(Engine):
         if self._owns_process_group:
             dist.destroy_process_group()
 
-    def _forward(self, batch: TokenBatch, objective: Objective) -> ObjectiveOutput:
+    def _forward(self, batch: TokenBatch, entropies: bool) -> TokenOutputs:
         recompute = self.config.engine.recompute != "none" and torch.is_grad_enabled()
-        return objective(TokenOutputs(self._zero.log_probs(batch, recompute)), batch)
+        return TokenOutputs(*self._zero.token_outputs(batch, entropies, recompute))
 
     def _global_weight(self, batches: Sequence[TokenBatch], objective: Objective) -> float:
         """What the step's loss will be divided by: an objective weighs tokens alike, whatever the log-probabilities."""
-        weights = [objective(TokenOutputs(torch.zeros_like(b.loss_weights)), b).weight_sum for b in batches]
+        weights = [objective(blank_outputs(self.config, b, objective), b).weight_sum for b in batches]
         total = torch.stack(weights).sum(dtype=torch.float64)
         dist.all_reduce(total)
         return float(total)

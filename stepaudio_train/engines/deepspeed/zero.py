@@ -40,9 +40,13 @@ ADAM_STATES = ("exp_avg", "exp_avg_sq")
 class _Trained(Step1ForCausalLM):
     """ZeRO-3 puts weights together around `forward`, so what is trained has to be one."""
 
-    def forward(self, batch: TokenBatch, recompute: bool) -> Tensor:  # type: ignore[override]
-        """Log-probabilities of the targets, [R, T] float32."""
-        return self.log_probs(batch.input_ids, batch.targets, batch.documents, batch.loss_weights != 0, recompute)
+    def forward(  # type: ignore[override]
+        self, batch: TokenBatch, entropies: bool, recompute: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `token_outputs`."""
+        return self.token_outputs(
+            batch.input_ids, batch.targets, batch.documents, batch.loss_weights != 0, entropies, recompute
+        )
 
 
 class ZeroModel:
@@ -78,8 +82,11 @@ class ZeroModel:
     def model(self) -> Step1ForCausalLM:
         return self.engine.module
 
-    def log_probs(self, batch: TokenBatch, recompute: bool) -> Tensor:
-        return self.engine(batch, recompute)
+    def token_outputs(
+        self, batch: TokenBatch, entropies: bool, recompute: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `Step1ForCausalLM.token_outputs`."""
+        return self.engine(batch, entropies, recompute)
 
     def backward(self, loss: Tensor) -> None:
         """Add up gradients. DeepSpeed will divide them by the number of ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
-from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
+from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult, blank_outputs, loss_of_all
 from stepaudio_train.engines.megatron import weights as weight_exchange
 from stepaudio_train.engines.megatron.adamw import AdamW
 from stepaudio_train.engines.megatron.checkpoint import CheckpointIO
@@ -27,7 +27,10 @@ from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.engines.process_group import join_process_group, own_device
 from stepaudio_train.models.step1.megatron_spec import BiasCache, Step1MegatronModel
 from stepaudio_train.models.step1.weight_map import num_parameters
-from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs
+from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs, needs_entropies
+
+_LossFunction = Callable[[TokenOutputs, TokenBatch], tuple[Tensor, Tensor, Tensor]]
+"""Loss sum, Megatron's integer count of tokens, which it divides by unless it is zero, and what to keep."""
 
 
 class MegatronEngine(Engine):
@@ -84,7 +87,7 @@ class MegatronEngine(Engine):
 
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         self._adamw.zero_grad()
-        names, totals = self._run(micro_batches, objective, forward_only=False)
+        names, totals = self._measure(micro_batches, objective, forward_only=False)
         norm_counts = self.config.engine.distributed_optimizer or self.data_parallel_rank == 0
         squared_norm = self._adamw.squared_norm()
         totals = torch.cat([totals, (squared_norm if norm_counts else torch.zeros_like(squared_norm)).view(1)])
@@ -101,13 +104,28 @@ class MegatronEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[TokenBatch], objective: Objective) -> dict[str, tuple[float, float]]:
-        for chunk in self._chunks:
-            chunk.eval()
-        names, totals = self._run(micro_batches, objective, forward_only=True)
-        for chunk in self._chunks:
-            chunk.train()
+        names, totals = self._measure(micro_batches, objective, forward_only=True)
         dist.all_reduce(totals)
         return _by_name(names, totals.tolist()[2:])
+
+    @torch.no_grad()
+    def outputs(self, micro_batches: Sequence[TokenBatch], entropies: bool = False) -> list[TokenOutputs]:
+        batches = [batch.to(self.device) for batch in micro_batches]
+        kept = self._run(batches, _keep_outputs, entropies, forward_only=True)
+        has_values = self.config.model.value_head
+        if kept:
+            packed = torch.stack(kept)
+        else:
+            shape = (len(batches), 1 + entropies + has_values, *batches[0].input_ids.shape)
+            packed = torch.empty(shape, device=self.device)
+        dist.broadcast(
+            packed,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return [
+            TokenOutputs(each[0], each[1] if entropies else None, each[-1] if has_values else None) for each in packed
+        ]
 
     def save(self, directory: Path, background: bool = False) -> None:
         self._checkpoints.save(directory, background)
@@ -151,24 +169,40 @@ class MegatronEngine(Engine):
             self._transformer, ddp_config(self.config, self.device), model, disable_bucketing=index > 0
         )
 
-    def _run(
+    def _measure(
         self, micro_batches: Sequence[TokenBatch], objective: Objective, forward_only: bool
     ) -> tuple[list[str], Tensor]:
-        """Forward (and backward) of all micro-batches through the pipeline.
+        """Loss and metrics, and without `forward_only` the gradients in their buffers.
 
         Returns:
             Metric names, and float64 [2 + 2 * metrics]: loss sum, weight sum, each metric's sum and weight. The vector
             is zero but on one rank of each replica, so that adding it over all ranks counts every token once.
         """
         batches = [batch.to(self.device) for batch in micro_batches]
+        # All ranks need the names; an objective has the same ones for every batch, whatever the outputs.
+        names = list(objective(blank_outputs(self.config, batches[0], objective), batches[0]).metrics)
+        loss = partial(_loss, objective=objective)
+        packed = self._run(batches, loss, needs_entropies(objective), forward_only)
+        if packed and parallel_state.get_tensor_model_parallel_rank() == 0:
+            return names, torch.stack(packed).sum(0)
+        return names, torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.device)
+
+    def _run(
+        self, batches: Sequence[TokenBatch], loss: _LossFunction, entropies: bool, forward_only: bool
+    ) -> list[Tensor]:
+        """Forward, and backward unless `forward_only`, of all micro-batches through the pipeline.
+
+        Returns:
+            On the last pipeline stage, what `loss` has to keep of each; nothing elsewhere.
+        """
         self._check_shapes(batches)
         rows, length = batches[0].input_ids.shape
-        # All ranks need the names; an objective has the same ones for every batch, whatever the log-probabilities.
-        names = list(objective(TokenOutputs(torch.zeros_like(batches[0].loss_weights)), batches[0]).metrics)
         iterators = [iter(batches) for _ in self._chunks]
+        for chunk in self._chunks:
+            chunk.train(not forward_only)
         try:
-            packed = get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, objective=objective),
+            return get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, loss=loss, entropies=entropies),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
                 num_microbatches=len(batches),
@@ -178,9 +212,6 @@ class MegatronEngine(Engine):
             )
         finally:
             self._bias_cache.clear()
-        if packed and parallel_state.get_tensor_model_parallel_rank() == 0:
-            return names, torch.stack(packed).sum(0)
-        return names, torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.device)
 
     def _check_shapes(self, batches: Sequence[TokenBatch]) -> None:
         shapes = [tuple(batch.input_ids.shape) for batch in batches]
@@ -193,16 +224,28 @@ class MegatronEngine(Engine):
             )
 
 
-def _forward_step(batches: Iterator[TokenBatch], chunk: DistributedDataParallel, objective: Objective) -> Any:
+def _forward_step(
+    batches: Iterator[TokenBatch], chunk: DistributedDataParallel, loss: _LossFunction, entropies: bool
+) -> Any:
     batch = next(batches)
-    output = chunk(batch.input_ids, batch.documents, batch.targets, batch.loss_weights != 0)
-    return output, partial(_loss, batch=batch, objective=objective)
+    output = chunk(batch.input_ids, batch.documents, batch.targets, batch.loss_weights != 0, entropies)
+    # Megatron-Core calls the second on the last stage alone, where there are outputs of tokens.
+    return output, lambda output: loss(TokenOutputs(*output), batch)
 
 
-def _loss(log_probs: Tensor, batch: TokenBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    output = objective(TokenOutputs(log_probs), batch)
-    # The second value is Megatron's integer count of tokens, which it divides by unless it is zero.
-    return output.loss_sum, torch.zeros((), dtype=torch.int, device=log_probs.device), _pack(output)
+def _loss(outputs: TokenOutputs, batch: TokenBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    output = objective(outputs, batch)
+    return loss_of_all(outputs, output), _no_tokens(outputs), _pack(output)
+
+
+def _keep_outputs(outputs: TokenOutputs, _: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """No loss; keeps the outputs that there are, [1 to 3, R, T]."""
+    present = [x for x in (outputs.log_probs, outputs.entropies, outputs.values) if x is not None]
+    return outputs.log_probs.sum(), _no_tokens(outputs), torch.stack(present)
+
+
+def _no_tokens(outputs: TokenOutputs) -> Tensor:
+    return torch.zeros((), dtype=torch.int, device=outputs.log_probs.device)
 
 
 def _pack(output: ObjectiveOutput) -> Tensor:

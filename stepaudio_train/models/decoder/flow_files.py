@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from stepaudio_train.config.compose import from_mapping
-from stepaudio_train.config.decoder import FlowConfig
-from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.data.files import replacing, write_atomically
+from stepaudio_train.config.decoder import FlowConfig, flow_problems
+from stepaudio_train.data.files import replacing
 from stepaudio_train.models.decoder.flow import FlowMatching
 from stepaudio_train.models.decoder.speaker import CamPlusEmbedding, SmallSpeakerEncoder, SpeakerEmbedding, SpeakerError
-from stepaudio_train.models.decoder.weights import DecoderWeightError, read_weights
+from stepaudio_train.models.decoder.weights import read_settings, read_weights, write_part
 
-WEIGHTS_FILE = "flow.safetensors"
-SETTINGS_FILE = "flow.json"
+_NAME = "flow"
 SPEAKER_FILES = ("speaker.safetensors", "campplus.onnx")
 
 
@@ -28,19 +22,16 @@ class NoSpeaker:
     """Says the same of every voice. A `SpeakerEmbedding`."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
 
     def embed(self, waveform: Tensor) -> Tensor:
         """[samples] -> zeros [size]."""
-        return torch.zeros(self._size)
+        return torch.zeros(self.size)
 
 
 def save_flow(flow: FlowMatching, folder: Path) -> None:
     """Write a flow, its tensors named as released."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in flow.state_dict().items()}
-    write_atomically(folder / SETTINGS_FILE, json.dumps(asdict(flow.config), indent=1).encode())
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(weights, temporary)
+    write_part(flow, flow.config, folder, _NAME)
 
 
 def load_flow(folder: Path) -> FlowMatching:
@@ -50,12 +41,8 @@ def load_flow(folder: Path) -> FlowMatching:
         DecoderWeightError: a file is missing or broken.
         FlowError: the two do not belong together.
     """
-    path = folder / SETTINGS_FILE
-    try:
-        config = from_mapping(FlowConfig, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ConfigError) as error:
-        raise DecoderWeightError(f"{path}: cannot be read as a flow's sizes: {error}") from error
-    return FlowMatching.from_state_dict(config, read_weights(folder / WEIGHTS_FILE)).eval()
+    config = read_settings(FlowConfig, folder / f"{_NAME}.json", flow_problems)
+    return FlowMatching.from_state_dict(config, read_weights(folder / f"{_NAME}.safetensors")).eval()
 
 
 def load_speaker(path: Path, size: int) -> SpeakerEmbedding:
@@ -79,10 +66,15 @@ def copy_speaker(path: Path, folder: Path) -> None:
         shutil.copyfile(path, temporary)
 
 
+def speaker_file(folder: Path) -> Path | None:
+    """The speaker encoder beside a flow; None where the flow learned without."""
+    return next((folder / name for name in SPEAKER_FILES if (folder / name).is_file()), None)
+
+
 def find_speaker(folder: Path, size: int) -> SpeakerEmbedding:
-    """The speaker encoder beside a flow; where there is none, the flow learned without.
+    """The speaker encoder beside a flow, or what stands for none.
 
     Raises: as `load_speaker`.
     """
-    found = next((folder / name for name in SPEAKER_FILES if (folder / name).is_file()), None)
+    found = speaker_file(folder)
     return NoSpeaker(size) if found is None else load_speaker(found, size)

@@ -21,6 +21,7 @@ from stepaudio_train.data.paired_speech import AUDIO_IDS, clip_mel
 from stepaudio_train.models.decoder.flow import FlowError, FlowMatching, FlowPrompt
 from stepaudio_train.models.decoder.flow_files import find_speaker, load_flow
 from stepaudio_train.models.decoder.flow_stream import FlowStream
+from stepaudio_train.models.decoder.released import is_released_decoder, read_released_flow, read_released_vocoder
 from stepaudio_train.models.decoder.speaker import SpeakerEmbedding
 from stepaudio_train.models.decoder.vocoder import HiFTGenerator
 from stepaudio_train.models.decoder.vocoder_files import load_vocoder
@@ -76,18 +77,26 @@ class SpeechDecoder:
         solver: FlowSolverConfig | None = None,
         device: str = "auto",
     ) -> SpeechDecoder:
-        """Read what the recipes `flow` and `vocoder` wrote.
+        """Read what the recipes `flow` and `vocoder` wrote, or a released directory (`CosyVoice-300M-25Hz`).
 
         Args:
-            directory: holds flow.safetensors and flow.json, and the speaker encoder that the flow learned with, if any.
-            vocoder: holds hift.safetensors and hift.json; None: `directory` does.
+            directory: holds flow.safetensors and flow.json, and the speaker encoder that the flow learned with, if any;
+                or is a released directory.
+            vocoder: holds hift.safetensors and hift.json, or is a released directory; None: `directory`.
+            solver: None: what a released directory says, or the default.
 
         Raises:
             DecoderWeightError, SpeakerError, FlowError: missing or broken files, or files that do not fit.
         """
-        flow = load_flow(directory)
+        if is_released_decoder(directory):
+            flow, released_solver = read_released_flow(directory)
+            solver = solver or released_solver
+        else:
+            flow = load_flow(directory)
         speaker = find_speaker(directory, flow.config.speaker_size)
-        return cls(flow, load_vocoder(vocoder or directory), speaker, solver, device)
+        vocoder = vocoder or directory
+        read_vocoder = read_released_vocoder if is_released_decoder(vocoder) else load_vocoder
+        return cls(flow, read_vocoder(vocoder), speaker, solver, device)
 
     @property
     def sample_rate_hz(self) -> int:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from stepaudio_train.config.compose import from_mapping
-from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.vocoder import VocoderConfig
-from stepaudio_train.data.files import replacing, write_atomically
+from stepaudio_train.config.vocoder import VocoderConfig, vocoder_problems
 from stepaudio_train.models.decoder.vocoder import HiFTGenerator
-from stepaudio_train.models.decoder.weights import DecoderWeightError, read_weights
+from stepaudio_train.models.decoder.weights import (
+    DecoderWeightError,
+    read_settings,
+    read_weights,
+    write_part,
+    write_torch_weights,
+)
 
-WEIGHTS_FILE = "hift.safetensors"
-SETTINGS_FILE = "hift.json"
+_NAME = "hift"
 RELEASED_FILE = "hift.pt"
+_GAN_PREFIX = "generator."
 
 
 def save_vocoder(vocoder: HiFTGenerator, folder: Path, release: bool = False) -> None:
@@ -27,13 +25,9 @@ def save_vocoder(vocoder: HiFTGenerator, folder: Path, release: bool = False) ->
     Args:
         release: write the same as `hift.pt` too, the file that the released programs load.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in vocoder.state_dict().items()}
-    write_atomically(folder / SETTINGS_FILE, json.dumps(asdict(vocoder.config), indent=1).encode())
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(weights, temporary)
+    write_part(vocoder, vocoder.config, folder, _NAME)
     if release:
-        with replacing(folder / RELEASED_FILE) as temporary:
-            torch.save(weights, temporary)
+        write_torch_weights(vocoder, folder / RELEASED_FILE)
 
 
 def load_vocoder(folder: Path) -> HiFTGenerator:
@@ -42,22 +36,22 @@ def load_vocoder(folder: Path) -> HiFTGenerator:
     Raises:
         DecoderWeightError: a file is missing or broken, or the two do not belong together.
     """
-    path = folder / SETTINGS_FILE
-    try:
-        vocoder = HiFTGenerator(from_mapping(VocoderConfig, json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, ConfigError) as error:
-        raise DecoderWeightError(f"{path}: cannot be read as a vocoder's sizes: {error}") from error
-    load_vocoder_weights(vocoder, folder / WEIGHTS_FILE)
+    vocoder = HiFTGenerator(read_settings(VocoderConfig, folder / f"{_NAME}.json", vocoder_problems))
+    load_vocoder_weights(vocoder, folder / f"{_NAME}.safetensors")
     return vocoder.eval()
 
 
 def load_vocoder_weights(vocoder: HiFTGenerator, path: Path) -> None:
     """Read weights of a vocoder's own sizes into it: a released `hift.pt`, or a `hift.safetensors`.
 
+    Of a checkpoint of CosyVoice's training, with discriminators, the generator is taken.
+
     Raises:
         DecoderWeightError: missing or broken file, or other sizes.
     """
+    weights = read_weights(path)
+    generator = {n.removeprefix(_GAN_PREFIX): value for n, value in weights.items() if n.startswith(_GAN_PREFIX)}
     try:
-        vocoder.load_state_dict(read_weights(path))
+        vocoder.load_state_dict(generator or weights)
     except RuntimeError as error:
         raise DecoderWeightError(f"{path}: is not of the configured sizes: {error}") from error

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from stepaudio_train.config.schema import Step1Config
-from stepaudio_train.models.step1.weight_map import hf_shapes
+from stepaudio_train.models.step1.weight_map import VALUE_HEAD, hf_shapes
 
 
 class InitialWeights(Mapping[str, Tensor]):
     """Hugging Face name -> full fp32 CPU tensor, drawn when asked for.
 
-    Norms are one; the rest is normal with `init_std`, smaller by sqrt(2 * layers) for what is added to the residual.
+    Norms are one, a value head is zero. The rest is normal with `init_std`, smaller by sqrt(2 * layers) for what is
+    added to the residual.
     """
 
     def __init__(self, config: Step1Config, seed: int) -> None:
@@ -25,6 +26,8 @@ class InitialWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
+        if name in VALUE_HEAD:
+            return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
         std = self._config.init_std

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,35 @@ from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.models.step1.weight_map import hf_shapes
 
 _PREFIX = "base_model.model."
+_ADAPTER = "default"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 def add_adapters(model: Step1ForCausalLM, lora: LoraConfig) -> None:
-    """Put an adapter on every target matrix of `model`, in place; nothing else is trained from then on."""
+    """Put an adapter on every target matrix of `model`, in place; nothing else but a value head is trained from then
+    on."""
     # PEFT takes seconds to import, and runs without adapters need none of it.
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_peft_config(lora), model)
+    if model.value_head is not None:
+        model.value_head.requires_grad_(True)
+
+
+@contextmanager
+def adapters_off(model: Step1ForCausalLM) -> Iterator[None]:
+    """While it lasts, `model` computes what it would without its adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    # Scaled to nothing, not taken out: DeepSpeed fetches weights in the order in which modules were once called.
+    for layer in layers:
+        layer.set_scale(_ADAPTER, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(_ADAPTER, 1.0)
 
 
 def adapter_shapes(config: Step1Config, lora: LoraConfig) -> dict[str, tuple[int, int]]:
@@ -55,7 +76,7 @@ def adapter_parameters(model: Step1ForCausalLM) -> dict[str, nn.Parameter]:
 def adapter_name(parameter: str) -> str:
     """The adapter's name of a parameter's name in the module; other parameters keep theirs."""
     is_adapter = ".lora_A." in parameter or ".lora_B." in parameter
-    return _PREFIX + parameter.replace(".default.weight", ".weight") if is_adapter else parameter
+    return _PREFIX + parameter.replace(f".{_ADAPTER}.weight", ".weight") if is_adapter else parameter
 
 
 def base_parameters(model: Step1ForCausalLM) -> dict[str, nn.Parameter]:

@@ -36,6 +36,7 @@ from stepaudio_train.models.step1.attention import (
     build_attention_bias,
     sqrt_alibi_attention,
 )
+from stepaudio_train.models.step1.modeling import ValueHead
 from stepaudio_train.models.step1.vocab_parallel import target_log_probs
 from stepaudio_train.models.step1.weight_map import vocab_rows
 
@@ -114,8 +115,11 @@ class VocabParallelHead(tensor_parallel.ColumnParallelLinear):
         self._first_row = rows.start
         self._num_real_rows = min(rows.stop, model.vocab_size) - rows.start
 
-    def forward(self, hidden: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:  # type: ignore[override]
-        """hidden [T, R, h], targets [R, T], wanted [R, T] bool -> log-probabilities [R, T] float32, 0 if unwanted."""
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, targets: Tensor, wanted: Tensor, entropies: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [T, R, h], targets [R, T], wanted [R, T] bool -> log-probabilities and, if asked for, entropies, both
+        [R, T] float32, 0 if unwanted."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         hidden, targets = hidden.flatten(0, 1), targets.t().flatten()
@@ -123,9 +127,33 @@ class VocabParallelHead(tensor_parallel.ColumnParallelLinear):
         if len(chosen) < len(targets):
             hidden, targets = hidden.index_select(0, chosen), targets.index_select(0, chosen)
         real = self.weight[: self._num_real_rows]
-        found = target_log_probs(hidden, real, targets, self._first_row, self.tp_group)
-        log_probs = found.new_zeros(wanted.numel()).index_copy(0, chosen, found)
-        return log_probs.view(wanted.shape[1], wanted.shape[0]).t()
+        log_probs, found = target_log_probs(hidden, real, targets, self._first_row, self.tp_group, entropies)
+
+        def placed(values: Tensor) -> Tensor:
+            return values.new_zeros(wanted.numel()).index_copy(0, chosen, values).view(wanted.t().shape).t()
+
+        return placed(log_probs), placed(found) if found is not None else None
+
+
+class SequenceParallelValueHead(ValueHead):
+    """The value head on this rank's part of the sequence; every rank gets the values of all tokens."""
+
+    def __init__(self, config: TransformerConfig, tp: torch.distributed.ProcessGroup) -> None:
+        super().__init__(config.hidden_size, dtype=config.params_dtype)
+        # With this mark Megatron sums the gradients over the ranks that share the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._config, self._tp = config, tp
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [T of this rank, R, h] -> values [R, T] float32."""
+        values = super().forward(hidden)
+        if self._config.sequence_parallel:
+            # All ranks compute the same loss of them: each takes its own tokens' gradient, nothing is added up.
+            values = tensor_parallel.gather_from_sequence_parallel_region(
+                values, tensor_parallel_output_grad=False, group=self._tp
+            )
+        return values.t()
 
 
 class Step1MegatronModel(LanguageModule):
@@ -159,6 +187,7 @@ class Step1MegatronModel(LanguageModule):
         )
         if post_process:
             self.output_layer = VocabParallelHead(config, model, padded_vocab, self.tp_group)
+            self.value_head = SequenceParallelValueHead(config, self.tp_group) if model.value_head else None
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
         _mark_shared_out(self)
@@ -167,12 +196,16 @@ class Step1MegatronModel(LanguageModule):
         """What the pipeline schedule received from the stage before."""
         self.decoder.set_input_tensor(input_tensor[0])
 
-    def forward(self, input_ids: Tensor, documents: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
-        """All arguments [R, T]. Log-probabilities of the targets [R, T] float32 on the last stage (0 where not
-        `wanted`), hidden states before it."""
+    def forward(
+        self, input_ids: Tensor, documents: Tensor, targets: Tensor, wanted: Tensor, entropies: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+        """All tensors [R, T]. Hidden states before the last stage; on it, as `Step1ForCausalLM.token_outputs`."""
         hidden = self.embedding(input_ids, None) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=documents)
-        return self.output_layer(hidden, targets, wanted) if self.post_process else hidden
+        if not self.post_process:
+            return hidden
+        values = self.value_head(hidden) if self.value_head is not None else None
+        return *self.output_layer(hidden, targets, wanted, entropies), values
 
 
 def _mark_shared_out(model: nn.Module) -> None:

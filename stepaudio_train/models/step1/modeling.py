@@ -141,6 +141,18 @@ class Step1Model(nn.Module):
         return self.norm(x)
 
 
+class ValueHead(nn.Linear):
+    """Hidden states after the final norm [..., h] -> values [...], computed in float32 (in float64 for float64)."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__(hidden_size, 1, dtype=dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, weight, bias = (_at_least_float32(x) for x in (hidden, self.weight, self.bias))
+            return linear(hidden, weight, bias).squeeze(-1)
+
+
 class Step1ForCausalLM(nn.Module):
     """The language model; `lm_head` is not tied to the embedding, as in the released files."""
 
@@ -149,6 +161,7 @@ class Step1ForCausalLM(nn.Module):
         self.config = config
         self.model = Step1Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.value_head = ValueHead(config.hidden_size) if config.value_head else None
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.num_hidden_layers)
@@ -174,9 +187,23 @@ class Step1ForCausalLM(nn.Module):
 
         All arguments are [R, T]; `wanted` is bool. The head is computed for the wanted tokens alone.
         """
+        return self.token_outputs(input_ids, targets, documents, wanted, recompute=recompute)[0]
+
+    def token_outputs(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Tensor,
+        wanted: Tensor,
+        entropies: bool = False,
+        recompute: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities as in `log_probs`; with `entropies`, those of the whole distributions in nats, 0 where not
+        `wanted`; values of all tokens where there is a value head. [R, T] each."""
         hidden = self.model(input_ids, documents, recompute=recompute)
-        chosen = TargetLogProbs.apply(hidden[wanted], self.lm_head.weight, targets[wanted])
-        return torch.zeros(targets.shape, dtype=chosen.dtype, device=chosen.device).masked_scatter(wanted, chosen)
+        chosen = TargetLogProbs.apply(hidden[wanted], self.lm_head.weight, targets[wanted], entropies)
+        log_probs, found = (None if x is None else x.new_zeros(wanted.shape).masked_scatter(wanted, x) for x in chosen)
+        return log_probs, found, self.value_head(hidden) if self.value_head is not None else None
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Step1ForCausalLM:
@@ -218,52 +245,78 @@ class Step1ForCausalLM(nn.Module):
 
 
 class TargetLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], a slice of tokens at a time, never holding all the logits.
+    """log softmax(hidden @ weight.T)[target], and the softmax's entropy if asked for, a slice of tokens at a time,
+    never holding all the logits.
 
-    The gradient with respect to the logits is onehot - softmax; it is folded into gradients of `hidden` and `weight`
-    in the backward, which recomputes each slice.
+    With respect to the logits the gradient of the first is onehot - p, that of the entropy H is -p * (log p + H); they
+    are folded into gradients of `hidden` and `weight` in the backward, which recomputes each slice.
     """
 
     CHUNK_TOKENS = 1024
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden [N, h], weight [V, h], targets [N] -> [N] float32."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, entropies: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [N, h], weight [V, h], targets [N] -> log-probabilities and entropies (or None), [N] float32."""
+        ctx.set_materialize_grads(False)
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        parts, norms = [], []
+        parts, norms, found = [], [], []
         size = TargetLogProbs.CHUNK_TOKENS
         for h, t in zip(hidden.split(size), targets.split(size), strict=True):
             logits = _at_least_float32(linear(h, weight))
             norm = logits.logsumexp(-1)
             parts.append(logits.gather(1, t[:, None]).squeeze(1) - norm)
             norms.append(norm)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms))
-        return torch.cat(parts)
+            if entropies:
+                all_log_probs = logits.sub_(norm[:, None])
+                found.append(-(all_log_probs.exp() * all_log_probs).sum(-1))
+        all_entropies = torch.cat(found) if entropies else None
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms), all_entropies)
+        return torch.cat(parts), all_entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
-        hidden, weight, targets, norms = ctx.saved_tensors
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor | None, grad_entropies: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None and grad_entropies is None:
+            return None, None, None, None
+        hidden, weight, targets, norms, entropies = ctx.saved_tensors
+        grad = torch.zeros_like(norms) if grad is None else grad
         grad_hidden = torch.empty_like(hidden)
         # A frozen head, as under adapters, has none.
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], TargetLogProbs.CHUNK_TOKENS):
             part = slice(start, start + TargetLogProbs.CHUNK_TOKENS)
-            h, g = hidden[part], grad[part, None]
-            d_logits = _at_least_float32(linear(h, weight)).sub_(norms[part, None]).exp_().mul_(-g)
-            d_logits.scatter_add_(1, targets[part, None], g)
+            h, factors = hidden[part], -grad[part, None]
+            d_logits = _at_least_float32(linear(h, weight)).sub_(norms[part, None])
+            if grad_entropies is not None:
+                factors = factors - grad_entropies[part, None] * (d_logits + entropies[part, None])
+            d_logits.exp_().mul_(factors)
+            d_logits.scatter_add_(1, targets[part, None], grad[part, None])
             d_logits = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
             if grad_weight is not None:
                 grad_weight += d_logits.T @ h
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 def read_released_config(directory: Path) -> Step1Config:
     """The model's sizes from a Hugging Face directory's config.json; other fields are not needed here."""
-    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return Step1Config(**{name: fields[name] for name in RELEASED_FIELDS})
+    return model_of_fields(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+
+
+def model_of_fields(fields: Mapping[str, Any]) -> Step1Config:
+    """The model that a config.json describes.
+
+    Raises:
+        KeyError: a size is missing.
+    """
+    return Step1Config(
+        **{name: fields[name] for name in RELEASED_FIELDS}, value_head=bool(fields.get("value_head", False))
+    )
 
 
 def released_config(config: Step1Config) -> dict[str, Any]:
@@ -273,6 +326,7 @@ def released_config(config: Step1Config) -> dict[str, Any]:
         "architectures": ["Step1ForCausalLM"],
         "model_type": "step1",
         **{name: getattr(config, name) for name in RELEASED_FIELDS},
+        **({"value_head": True} if config.value_head else {}),
         "bos_token_id": 1,
         "pad_token_id": 0,
         "eos_token_id": 3,

@@ -74,13 +74,17 @@ _AFTER = (
     Entry("decoder.final_layernorm.weight", ("model.norm.weight",), Kind.REPLICATED),
     Entry("output_layer.weight", ("lm_head.weight",), Kind.VOCAB),
 )
+VALUE_HEAD = ("value_head.weight", "value_head.bias")
+"""[1, hidden] and [1], for a model that has one; not in the released files. Both formats call them the same."""
+_VALUE_HEAD = tuple(Entry(name, (name,), Kind.REPLICATED) for name in VALUE_HEAD)
 
 
 @lru_cache(maxsize=8)
 def entries(config: Step1Config) -> dict[str, Entry]:
     """Megatron name -> entry for the whole model, in the order of the forward."""
     layers = [entry.of_layer(i) for i in range(config.num_hidden_layers) for entry in _LAYER]
-    return {entry.megatron: entry for entry in (*_BEFORE, *layers, *_AFTER)}
+    after = (*_AFTER, *_VALUE_HEAD) if config.value_head else _AFTER
+    return {entry.megatron: entry for entry in (*_BEFORE, *layers, *after)}
 
 
 def hf_shapes(config: Step1Config) -> dict[str, tuple[int, ...]]:
@@ -113,7 +117,7 @@ def to_megatron(
         ValueError: a shape does not fit.
     """
     entry = entries(config)[name]
-    parts = [_checked(part, hf_tensors, config) for part in entry.hf]
+    parts = [checked(hf_tensors, part, _hf_shape(part, config)) for part in entry.hf]
     if entry.kind is Kind.REPLICATED:
         return parts[0]
     if entry.kind is Kind.ROW:
@@ -149,6 +153,25 @@ def from_megatron(name: str, shards: Sequence[Tensor], config: Step1Config) -> d
     return {part: piece.flatten(0, 1) for part, piece in zip(entry.hf, split, strict=True)}
 
 
+def checked(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """One tensor of `weights`; zeros for a value head that is not there, which is a new one.
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it has another shape; the message names the tensor and both shapes.
+    """
+    # Not `in`: a mapping that builds tensors on demand would build this one twice.
+    try:
+        tensor = weights[name]
+    except KeyError:
+        if name in VALUE_HEAD:
+            return torch.zeros(shape)
+        raise KeyError(f"weight {name!r} is missing") from None
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, the model needs {tuple(shape)}")
+    return tensor
+
+
 def vocab_rows(config: Step1Config, tp_rank: int, tp_size: int, padded_vocab: int | None = None) -> range:
     """Rows of the padded vocabulary that a rank holds; those from `config.vocab_size` on are padding."""
     padded = config.vocab_size if padded_vocab is None else padded_vocab
@@ -160,6 +183,8 @@ def vocab_rows(config: Step1Config, tp_rank: int, tp_size: int, padded_vocab: in
 
 def _hf_shape(name: str, config: Step1Config) -> tuple[int, ...]:
     hidden, inner = config.hidden_size, config.intermediate_size
+    if name in VALUE_HEAD:
+        return (1, hidden) if name.endswith("weight") else (1,)
     keys = config.num_attention_groups * config.head_dim
     shapes = {
         "embed_tokens": (config.vocab_size, hidden),
@@ -173,15 +198,3 @@ def _hf_shape(name: str, config: Step1Config) -> tuple[int, ...]:
         "down_proj": (hidden, inner),
     }
     return shapes.get(name.split(".")[-2], (hidden,))
-
-
-def _checked(name: str, hf_tensors: Mapping[str, Tensor], config: Step1Config) -> Tensor:
-    # Not `in`: a mapping that builds tensors on demand would build this one twice.
-    try:
-        tensor = hf_tensors[name]
-    except KeyError:
-        raise KeyError(f"weight {name!r} is missing") from None
-    shape = _hf_shape(name, config)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, the model needs {shape}")
-    return tensor

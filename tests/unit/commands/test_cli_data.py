@@ -1,9 +1,11 @@
-"""`stepaudio prepare`, `tokenize` and `generate`: what is typed arrives, and the help holds."""
+"""Options of the commands about data and models: what is typed arrives, and the help holds."""
 
 import argparse
 import json
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,15 +13,23 @@ import soundfile
 import torch
 
 from stepaudio_train.cli import build_parser, main
+from stepaudio_train.commands.data import DataOptions
+from stepaudio_train.commands.decode import DecodeOptions
+from stepaudio_train.commands.evaluate import AnswersOptions
 from stepaudio_train.commands.generate import GenerateOptions
+from stepaudio_train.commands.resynthesize import ResynthesizeOptions
+from stepaudio_train.commands.synthesize import SynthesizeOptions
 from stepaudio_train.config.compose import save_config
 from stepaudio_train.config.schema import Step1Config
 from stepaudio_train.config.sft import SftConfig, SftDataConfig
 from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig
+from stepaudio_train.data.chat_processing import ProcessOptions
+from stepaudio_train.data.importers.run import ImportOptions
 from stepaudio_train.data.prepare import PrepareOptions
 from stepaudio_train.data.records import Message, Record, TextPart
 from stepaudio_train.data.render import TokenSample
 from stepaudio_train.data.tokenize import TokenizeOptions
+from stepaudio_train.evaluation.control import ControlOptions
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.rollout.generate import generate as rollout
 from stepaudio_train.rollout.sampling import SamplingConfig
@@ -33,27 +43,49 @@ from stepaudio_train.tokenizers.vocabulary import FIRST_BYTE_ID
 TEXT_SIZE = 400
 
 
-def subparser(name: str) -> argparse.ArgumentParser:
-    choices = next(action.choices for action in build_parser()._actions if action.metavar == "COMMAND")
-    return choices[name]
+def options_of(command: str) -> dict[str, argparse.Action]:
+    """The options of a command, such as `data show`, by the names that they are stored under."""
+    parser = build_parser()
+    for word in command.split():
+        parser = next(a.choices[word] for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
+
+
+def stated_default(action: argparse.Action) -> str | None:
+    """What the help says the default is; None if it does not, or says how it comes about."""
+    found = re.search(r"\(default ([^:;)]+)", action.help or "")
+    return found and found.group(1)
 
 
 @pytest.mark.parametrize(
-    ("command", "options_type"),
-    [("prepare", PrepareOptions), ("tokenize", TokenizeOptions), ("generate", GenerateOptions)],
+    ("commands", "options_type"),
+    [
+        (["prepare"], PrepareOptions),
+        (["tokenize"], TokenizeOptions),
+        (["generate"], GenerateOptions),
+        (["data show", "data check"], DataOptions),
+        (["data import"], ImportOptions),
+        (["data process"], ProcessOptions),
+        (["evaluate answers"], AnswersOptions),
+        (["evaluate control"], ControlOptions),
+        (["synthesize"], SynthesizeOptions),
+        (["decode"], DecodeOptions),
+        (["resynthesize"], ResynthesizeOptions),
+    ],
 )
-def test_options_are_the_dataclass_and_so_are_their_defaults(command: str, options_type: type):
-    actions = {action.dest: action for action in subparser(command)._actions if action.dest != "help"}
+def test_options_are_the_dataclass_and_so_are_their_defaults_and_choices(commands: list[str], options_type: type):
     known = {field.name: field for field in fields(options_type)}
-    assert actions.keys() == known.keys()
-    for name, action in actions.items():
+    types = get_type_hints(options_type)
+    assert {name for command in commands for name in options_of(command)} == known.keys()
+    for name, action in ((name, action) for command in commands for name, action in options_of(command).items()):
         assert action.default is argparse.SUPPRESS
-        help_text = action.help or ""
-        if "(default " in help_text and not help_text.split("(default")[1].startswith(":"):
-            stated = help_text.split("(default ")[1].rstrip(")").split(":")[0]
-            assert stated == str(known[name].default), name
-        if known[name].default is MISSING:
-            assert action.required, name
+        default = known[name].default
+        assert action.required == (default is MISSING), name
+        # None, False, an empty tuple and 0 may go without saying.
+        told = [str(default)] if default and default is not MISSING else [None, str(default)]
+        assert stated_default(action) in told, name
+        for literal in (one for one in (types[name], *get_args(types[name])) if get_origin(one) is Literal):
+            assert tuple(action.choices) == get_args(literal), name
 
 
 @pytest.fixture(scope="module")

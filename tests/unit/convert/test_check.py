@@ -110,6 +110,13 @@ def test_fields_of_the_configuration(directory, field, value, said):
     assert said in only(check_directory(directory), "error", "config.json")
 
 
+def test_a_value_head_is_known_but_not_to_vllm(directory):
+    change_json(directory / "config.json", lambda fields: fields.update(value_head=True))
+    errors = {finding.file: finding.message for finding in check_directory(directory)}
+    assert "vLLM does not" in errors["config.json"]
+    assert "value_head.weight and 1 more tensor(s) missing" in errors["*.safetensors"]
+
+
 def test_a_dtype_that_is_not_that_of_the_weights(directory):
     change_json(directory / "config.json", lambda fields: fields.update(torch_dtype="float32"))
     assert "the weights are bfloat16" in only(check_directory(directory), "warning", "config.json")

@@ -84,6 +84,19 @@ def test_any_megatron_layout(directory, tmp_path, layout):
     assert weight_bytes(tmp_path / "hf") == weight_bytes(directory)
 
 
+def test_a_value_head_goes_through_every_format(tmp_path):
+    torch.manual_seed(0)
+    directory = make_directory(tmp_path / "critic", replace(MODEL, value_head=True))
+    assert json.loads((directory / "config.json").read_text())["value_head"] is True
+    run(directory, tmp_path / "megatron", "megatron", tensor_parallel=2, pipeline_parallel=2, verify=True)
+    run(tmp_path / "megatron", tmp_path / "zero3", "deepspeed", zero_ranks=3, verify=True)
+    run(tmp_path / "zero3", tmp_path / "plain", "plain", verify=True)
+    run(tmp_path / "plain", tmp_path / "hf", "hf", verify=True)
+    assert weight_bytes(tmp_path / "hf") == weight_bytes(directory)
+    assert (tmp_path / "hf" / "config.json").read_text() == (directory / "config.json").read_text()
+    assert load_file(tmp_path / "hf" / "model-00001.safetensors")["value_head.weight"].shape == (1, 32)
+
+
 def test_layouts_that_cannot_be_are_told_all_at_once(directory, tmp_path):
     with pytest.raises(ConfigError) as error:
         run(directory, tmp_path / "x", "megatron", tensor_parallel=16, pipeline_parallel=3)

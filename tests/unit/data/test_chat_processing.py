@@ -16,8 +16,9 @@ import pytest
 import soundfile
 
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.data.chat_endpoint import ChatEndpoint, ReplyCache
 from stepaudio_train.data.chat_processing import ProcessOptions, ProcessReport, process
-from stepaudio_train.data.endpoint_rewriter import EndpointRewriter, RewriteCache
+from stepaudio_train.data.endpoint_rewriter import EndpointRewriter
 from stepaudio_train.data.prompts import ASR_PROMPT
 from stepaudio_train.data.records import Record, TextPart, read_records
 from stepaudio_train.data.rewriting import RewriteError, RuleRewriter, first_sentences, language_of
@@ -186,8 +187,9 @@ def endpoint(server: Server, tmp_path: Path) -> Callable[[], EndpointRewriter]:
     """A rewriter that is new, its cache read again."""
 
     def make() -> EndpointRewriter:
-        cache = RewriteCache(tmp_path / "cache.jsonl")
-        return EndpointRewriter(server.url, "m", cache, RuleRewriter(), "secret", attempts=3, backoff_s=0.001)
+        cache = ReplyCache(tmp_path / "cache.jsonl")
+        asked = ChatEndpoint(server.url, "m", cache, "secret", attempts=3, backoff_s=0.001)
+        return EndpointRewriter(asked, RuleRewriter())
 
     return make
 
@@ -231,9 +233,10 @@ def test_an_endpoint_that_refuses_everybody_ends_the_run(server, endpoint, tmp_p
     server.replies = [(401, "wrong key")]
     with pytest.raises(UserError, match="--endpoint-key-env"):
         endpoint().rewrite("", "7", "en")
-    cache = RewriteCache(tmp_path / "cache.jsonl")
+    cache = ReplyCache(tmp_path / "cache.jsonl")
+    absent = ChatEndpoint("http://127.0.0.1:9", "m", cache, attempts=1)
     with pytest.raises(UserError, match="cannot be reached"):
-        EndpointRewriter("http://127.0.0.1:9", "m", cache, RuleRewriter(), attempts=1).rewrite("", "7", "en")
+        EndpointRewriter(absent, RuleRewriter()).rewrite("", "7", "en")
 
 
 def spoken_question(audio: str = "clips/q.wav", text: str | None = "How many?", **more: Any) -> dict[str, Any]:

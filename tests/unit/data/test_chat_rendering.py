@@ -26,7 +26,7 @@ needs_released = pytest.mark.skipif(
     not (RELEASED.is_file() and GOLDEN.is_file()), reason="needs the released tokenizer and golden ids in ../shared"
 )
 GROUP = "<audio_0><audio_1><audio_1024><audio_1025><audio_1026>"
-TEMPLATES = ("tts", "chat")
+TEMPLATES = ("tts", "tts_bos", "chat")
 
 
 def turn(role: Role, *parts: str | Part) -> Message:
@@ -83,13 +83,13 @@ def test_released_synthesis_prompts(released, prompt):
 
 
 @needs_released
-@pytest.mark.parametrize(("template", "space"), [("tts", " "), ("chat", "")])
-def test_turns_are_the_one_string_that_released_programs_encode(released, template, space):
+@pytest.mark.parametrize(("template", "between"), [("tts", " "), ("tts_bos", "<s> "), ("chat", "")])
+def test_turns_are_the_one_string_that_released_programs_encode(released, template, between):
     document = released.render_chat(DIALOGUE, template)
     text = (
-        f"<|BOT|>{space}system\nbe brief<|EOT|><|BOT|>{space}human\nwhat is this? {GROUP}<|EOT|>"
-        f"<|BOT|>{space}assistant\none<|EOT|><|BOT|>{space}human\nsay two<|EOT|>"
-        f"<|BOT|>{space}assistant\n{GROUP}{GROUP}<|EOT|>"
+        f"<|BOT|>{between}system\nbe brief<|EOT|><|BOT|>{between}human\nwhat is this? {GROUP}<|EOT|>"
+        f"<|BOT|>{between}assistant\none<|EOT|><|BOT|>{between}human\nsay two<|EOT|>"
+        f"<|BOT|>{between}assistant\n{GROUP}{GROUP}<|EOT|>"
     )
     assert document.ids.tolist() == released.text_tokenizer.encode(text, add_bos=True)
     apart = sample(turn("human", "say ", "two"), turn("assistant", "two"))

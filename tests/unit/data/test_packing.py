@@ -61,7 +61,7 @@ def test_tensors_of_a_row():
     assert batch.loss_weights.tolist() == [[0, 1, 0, 0, 1, 1, 0, 0], [0] * 8]
     assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 1, 1, 2], [0, 0, 1, 1, 1, 1, 1, 1]]
     assert batch.tasks[0, :7].tolist() == [3, 3, 3, 4, 4, 4, 4]
-    kinds = [t.dtype for t in vars(batch).values()]
+    kinds = [t.dtype for t in batch.named_tensors().values()]
     assert kinds == [torch.int64, torch.int64, torch.float32, torch.int32, torch.int8]
 
 

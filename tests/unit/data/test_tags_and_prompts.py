@@ -96,6 +96,7 @@ def test_own_tags():
 
 
 @needs_released
+@pytest.mark.parametrize(("template", "add_bos"), [("tts", False), ("tts_bos", True)])
 @pytest.mark.parametrize(
     ("name", "speaker", "prompt_text", "text", "asked"),
     [
@@ -105,13 +106,13 @@ def test_own_tags():
         ("vocal", "Tingting", "（哼唱）屋顶", "（哼唱）你从一座", ("singing",)),
     ],
 )
-def test_synthesis_prompts_are_the_released_ids(released, name, speaker, prompt_text, text, asked):
+def test_synthesis_prompts_are_the_released_ids(released, name, speaker, prompt_text, text, asked, template, add_bos):
     record = synthesis_record(
         "r", text, Voice(prompt_text, PROMPT_AUDIO, speaker), tuple(AskedTag(BY_NAME[tag]) for tag in asked)
     )
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))["transformers4.48.3_add_bos_False"]
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[f"transformers4.48.3_add_bos_{add_bos}"]
     assert set(golden) == {"with_spk", "clone", "rap", "vocal"}
-    assert released.render_chat_prompt(TokenSample(record), "tts").tolist() == golden[name]
+    assert released.render_chat_prompt(TokenSample(record), template).tolist() == golden[name]
 
 
 @needs_released
@@ -152,7 +153,7 @@ def test_editx_clone_prompt(released):
 
 
 @needs_released
-@pytest.mark.parametrize("template", ["tts", "chat"])
+@pytest.mark.parametrize("template", ["tts", "tts_bos", "chat"])
 def test_served_prompts_begin_what_is_trained_on_for_every_released_form(released, template):
     voice = Voice("hello", PROMPT_AUDIO, "Ann")
     answer = AudioPart(tokens=GROUP * 2)

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from stepaudio_train.data.conversation_files import EncodedConversations
 from stepaudio_train.data.prompts import question_record, recognition_record
-from stepaudio_train.data.records import AudioPart, Message, Record, TextPart
-from stepaudio_train.data.render import TokenSample
-from stepaudio_train.evaluation.answers import Answered, answer_all, score, spoken_line, with_exchanged_audio
+from stepaudio_train.data.records import AudioPart, Message, Part, Record, TextPart, ToolCall
+from stepaudio_train.data.render import Renderer, TokenSample
+from stepaudio_train.data.sources import Refusal
+from stepaudio_train.evaluation.answers import (
+    Answered,
+    answer_all,
+    answerable,
+    score,
+    spoken_line,
+    with_exchanged_audio,
+)
+from stepaudio_train.rollout import speech_text
+from stepaudio_train.rollout.generate import Generation
 from stepaudio_train.rollout.sampling import SamplingConfig
-from stepaudio_train.rollout.speech_text import Answer
+from stepaudio_train.rollout.speech_text import Answer, SpeechTextModel
+from stepaudio_train.testing.token_data import write_text_tokenizer
 from stepaudio_train.tokenizers.speech import SpeechTokens
-from stepaudio_train.tokenizers.vocabulary import Vocabulary
+from stepaudio_train.tokenizers.text import TextTokenizer
+from stepaudio_train.tokenizers.vocabulary import Special, Vocabulary
 
 WORDS = ("one", "two", "three", "four", "five", "six")
 CODES = {word: SpeechTokens(np.full(2, i, np.int32), np.full(3, i, np.int32)) for i, word in enumerate(WORDS)}
@@ -91,3 +106,97 @@ def test_lines_tell_what_was_asked_for():
     assert truth["audio"] == "/clips/two.wav" and truth["audio_tokens"].startswith("<audio_1><audio_1><audio_1025>")
     silent = replace(sample, speech={})
     assert "audio_tokens" not in Answered(silent, Answer("x", None, True)).line(vocabulary)
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory) -> Renderer:
+    tokenizer = TextTokenizer.from_file(write_text_tokenizer(tmp_path_factory.mktemp("text") / "text.model"))
+    return Renderer(Vocabulary(tokenizer.size, reserved_size=0), tokenizer)
+
+
+def asked(id: str, question: list[Part], answer: list[Part] | None = None, **fields: Any) -> TokenSample:
+    """A question, and its answer if it has one, with the codes of what is heard."""
+    turns = (Message("human", tuple(question)),)
+    if answer is not None:
+        turns += (Message("assistant", tuple(answer)),)
+    parts = [part for turn in turns for part in turn.content if isinstance(part, AudioPart)]
+    codes = {part.audio: CODES[part.audio.removesuffix(".wav")] for part in parts}
+    return TokenSample(Record(id, turns, **fields), codes)
+
+
+def taqta(word: str, *answer: Part) -> TokenSample:
+    question = [TextPart("what comes next? "), AudioPart(f"{word}.wav", text=word)]
+    return asked(f"taqta_{word}", question, list(answer), task="taqta")
+
+
+CALL = ToolCall("add", {"a": 1, "b": "二"})
+
+
+@pytest.mark.parametrize(
+    ("sample", "reference"),
+    [
+        (taqta("one", TextPart("two three")), "one\ntwo three"),
+        (taqta("one", TextPart("one\ntwo three")), "one\ntwo three"),
+        (asked("c1", [TextPart("one two")], [CALL]), 'function\nadd\n{"a": 1, "b": "二"}'),
+        (asked("c2", [TextPart("one")], [TextPart("four"), CALL]), 'four function\nadd\n{"a": 1, "b": "二"}'),
+    ],
+)
+def test_a_reference_is_what_a_model_that_learned_it_by_heart_answers(monkeypatch, renderer, sample, reference):
+    """TAQTA's transcript is part of it; a call's control pieces are not, since no text holds them."""
+    taught = renderer.render_chat(sample, "chat").ids.tolist()
+
+    def recite(model, prompts, config, seeds, batch_rows):
+        return [Generation(taught[len(prompt) : -1], int(Special.EOT)) for prompt in prompts]
+
+    monkeypatch.setattr(speech_text, "generate", recite)
+    model = SpeechTextModel(None, renderer)
+    (answered,) = answer_all(model, [sample], SamplingConfig(64), "chat", "text")
+    assert answered.answer == Answer(reference, None, True) and answered.reference == reference
+    (scores,) = score([answered]).values()
+    assert (scores.num, scores.exact, scores.wer) == (1, 100, 0)
+
+
+def test_calls_with_other_arguments_are_not_the_same():
+    sample = asked("c1", [TextPart("one two")], [CALL])
+    other = Answer('function\nadd\n{"a": 7, "b": "二"}', None, True)
+    (scores,) = score([Answered(sample, other)]).values()
+    assert scores.exact == 0 and 0 < scores.wer < 100
+
+
+def test_exchanged_recordings_leave_the_reference_as_it_is():
+    samples = [taqta(word, TextPart(following)) for word, following in pairwise(WORDS)]
+    exchanged = {sample.record.id: sample for sample in with_exchanged_audio(samples)}
+    assert len(exchanged) == len(samples) == 5
+    for sample in samples:
+        other, nothing = exchanged[sample.record.id], Answer("", None, True)
+        assert Answered(other, nothing).reference == Answered(sample, nothing).reference
+        assert other.record.messages[0].content[1].audio != sample.record.messages[0].content[1].audio
+
+
+def test_lines_that_cannot_be_answered_are_refused_by_name_and_the_rest_goes_on(renderer):
+    silent = AudioPart("two.wav")
+    bad = {
+        3: (TokenSample(Record("c3", (Message("system", (TextPart("one"),)),))), "has no turn to answer"),
+        4: (replace(heard("two"), speech={}), "no speech tokens for its audio 'two.wav'"),
+        5: (asked("c5", [TextPart("one"), silent], [TextPart("two")], task="taqta"), "needs its transcript in `text`"),
+        6: (asked("c6", [silent], [AudioPart("one.wav")], task="asr"), "the last turn of assistant must hold text"),
+    }
+    good = {2: heard("one"), 7: taqta("one", TextPart("two")), 8: asked("c8", [silent])}
+    lines = sorted((bad | {number: (sample, "") for number, sample in good.items()}).items())
+    given = [(f"my.jsonl:{number}", sample) for number, (sample, _) in lines]
+    found = EncodedConversations(Path("my.jsonl"), given, [Refusal("my.jsonl:1", "no JSON")])
+    samples, refused = answerable(found, renderer, "chat", "text")
+    assert samples == [good[number] for number in sorted(good)]
+    assert [refusal.name for refusal in refused] == [f"my.jsonl:{number}" for number in (1, *bad)]
+    for refusal, (sample, reason) in zip(refused[1:], bad.values(), strict=True):
+        assert reason in refusal.reason and not refusal.reason.startswith(sample.record.id)
+    # Of those that are left, every answer has its reference.
+    assert [Answered(one, Answer("", None, True)).reference for one in samples[:2]] == ["one", "one\ntwo"]
+
+
+def test_references_without_words_are_not_scored():
+    silence, word = (asked("c1", [TextPart("one")], [TextPart(answer)]) for answer in ("...!", "two"))
+    nothing = Answer("", None, True)
+    assert score([Answered(silence, nothing)]) == {}
+    scores = score([Answered(silence, nothing), Answered(word, Answer("two", None, True))])["tqta"]
+    assert (scores.num, scores.exact, scores.wer) == (1, 100, 0)

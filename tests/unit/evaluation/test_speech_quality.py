@@ -18,15 +18,16 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 
 from stepaudio_train.audio import read_audio
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.judges import JudgeOptions
 from stepaudio_train.evaluation.endpoint_recogniser import EndpointRecogniser, JudgeError
 from stepaudio_train.evaluation.speech_judges import (
     Dnsmos,
-    JudgeOptions,
     Judges,
     PocketSphinx,
     Resemblyzer,
     Whisper,
     build_judges,
+    hearable,
 )
 from stepaudio_train.evaluation.speech_quality import SpeechPair, compare_prosody, score_speech
 from stepaudio_train.evaluation.word_errors import character_error_rate
@@ -287,6 +288,17 @@ def test_pocketsphinx_hears_the_words_of_its_list():
     with pytest.raises(UserError, match="no pronunciation of blorgish"):
         PocketSphinx(["seven", "blorgish"])
     assert PocketSphinx(DIGITS).transcribe(torch.zeros(1600)) in ("", *DIGITS)
+
+
+@needs("pocketsphinx")
+def test_texts_whose_every_word_is_known_can_be_heard():
+    texts = ["Seven, stop!", "go blorgish", "一 二", "...", "", "It's seven o'clock."]
+    heard, words = hearable(texts)
+    assert heard == [True, False, False, False, False, True]
+    # Not `go`, which no text that can be heard has; and the recogniser takes them.
+    assert words == ("seven", "stop", "it's", "o'clock")
+    assert PocketSphinx(words).transcribe(torch.zeros(1600)) in ("", *words)
+    assert hearable(["一"]) == ([False], ())
 
 
 @needs("pocketsphinx")

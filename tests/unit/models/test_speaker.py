@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from stepaudio_train.audio.speech_like import speech_like
-from stepaudio_train.config.errors import ConfigError, UserError
-from stepaudio_train.config.speaker import SpeakerEncoderConfig, SpeakerTrainConfig
+from stepaudio_train.config.speaker import SpeakerEncoderConfig
 from stepaudio_train.models.decoder.speaker import (
     CachedEmbedding,
     CamPlusEmbedding,
@@ -22,7 +21,6 @@ from stepaudio_train.models.decoder.speaker import (
     speaker_features,
 )
 from stepaudio_train.objectives.speaker import am_softmax
-from stepaudio_train.training.speaker import SpeakerClip, equal_error_rate, speaker_error, train_speaker_encoder
 
 SMALL = SpeakerEncoderConfig(channels=16, dimension=24)
 
@@ -41,20 +39,6 @@ def write_encoder(path: Path, num_mel_bins: int = 80, dimension: int = 192) -> n
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     onnx.save(model, str(path))
     return matrix
-
-
-def wobbling(rate_hz: float, seed: int) -> Tensor:
-    """0.6 s of noise whose high and low halves take turns, so often a second."""
-    rng = torch.Generator().manual_seed(seed)
-    noise = torch.fft.rfft(torch.randn(9600, generator=rng))
-    low = torch.arange(len(noise)) < len(noise) // 4
-    time_s = torch.arange(9600) / 16000
-    turn = torch.sin(2 * torch.pi * (rate_hz * time_s + torch.rand(1, generator=rng))) / 2 + 0.5
-    return 0.02 * (turn * torch.fft.irfft(noise * low) + (1 - turn) * torch.fft.irfft(noise * ~low))
-
-
-def voices(seeds: range) -> list[SpeakerClip]:
-    return [SpeakerClip(wobbling(rate, seed), f"{rate} Hz") for rate in (4.0, 7.0, 12.0) for seed in seeds]
 
 
 def test_features_are_kaldis_of_unscaled_samples_without_their_mean():
@@ -152,42 +136,3 @@ def test_the_margin_is_taken_from_the_own_cosine_alone():
     loss = am_softmax(embeddings, centres, torch.tensor([0]), margin=0.2, scale=10.0)
     own, other = np.exp(10 * (0.6 - 0.2)), np.exp(10 * 0.8)
     assert float(loss) == pytest.approx(-np.log(own / (own + other)), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("scores", "same", "percent"),
-    [
-        ([0.9, 0.8, 0.2, 0.1], [1, 1, 0, 0], 0),
-        ([0.9, 0.8, 0.2, 0.1], [0, 0, 1, 1], 100),
-        ([0.5, 0.5, 0.5, 0.5], [1, 0, 1, 0], 50),
-        # Between 0.5 and 0.6 one of four is rejected, and one of four accepted.
-        ([0.9, 0.8, 0.7, 0.3, 0.6, 0.2, 0.1, 0.0], [1, 1, 1, 1, 0, 0, 0, 0], 25),
-        # 1/2 rejected where 0 are accepted, 0 where 1/3 are: the line between crosses at 1/5.
-        ([0.9, 0.5, 0.5, 0.2, 0.1], [1, 1, 0, 0, 0], 20),
-    ],
-)
-def test_equal_error_rate_by_hand(scores: list[float], same: list[int], percent: float):
-    assert equal_error_rate(scores, same) == pytest.approx(percent)
-
-
-def test_training_tells_voices_apart_that_it_has_not_heard_say_this():
-    training = SpeakerTrainConfig(steps=60, batch_clips=16, crop_frames=40)
-    losses: list[float] = []
-    encoder = train_speaker_encoder(
-        voices(range(8)), SMALL, training, lambda step, metrics: losses.append(metrics["loss"])
-    )
-    assert len(losses) == 60
-    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
-    assert speaker_error(encoder, voices(range(100, 106))) < 10
-    again = train_speaker_encoder(voices(range(8)), SMALL, training)
-    assert torch.equal(again.voice.weight, encoder.voice.weight)
-
-
-def test_what_cannot_be_learned_from_is_refused():
-    clip = SpeakerClip(speech_like(4000), "Ann")
-    with pytest.raises(UserError, match="two speakers at least, and there are 1"):
-        train_speaker_encoder([clip, clip], SMALL, SpeakerTrainConfig())
-    with pytest.raises(ConfigError, match=r"steps=0: must be over 0(.|\n)*margin=1\.5"):
-        train_speaker_encoder([clip], SMALL, SpeakerTrainConfig(steps=0, margin=1.5))
-    with pytest.raises(UserError, match="pairs of one speaker and of two"):
-        equal_error_rate([0.1, 0.2], [True, True])

@@ -169,7 +169,7 @@ def test_a_decoder_returns_from_its_files(decoder, tmp_path):
 
 
 def test_files_and_settings_that_cannot_be_are_named(decoder, tmp_path):
-    with pytest.raises(DecoderWeightError, match=r"flow\.json: cannot be read as a flow's sizes"):
+    with pytest.raises(DecoderWeightError, match=r"flow\.json: cannot be read as a FlowConfig"):
         load_flow(tmp_path)
     save_flow(decoder.flow, tmp_path)
     settings = tmp_path / "flow.json"

@@ -7,7 +7,7 @@ from stepaudio_train.config.schema import Step1Config
 from stepaudio_train.models.step1.initialise import InitialWeights
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.rollout.generate import generate
-from stepaudio_train.rollout.sampling import SamplingConfig, choose_tokens
+from stepaudio_train.rollout.sampling import NO_TOKEN, SamplingConfig, choose_tokens, forbid_repeats
 
 PROMPTS = [[1, 5, 9], [1, 7, 7, 30, 12, 3, 41], [1], [1, 40, 2, 2, 8]]
 
@@ -59,6 +59,50 @@ def test_a_stop_id_ends_its_own_sample_only(model):
             assert after == before
 
 
+def forbidden_by_the_released_rule(ids: list[int], window: int, share: float) -> int | None:
+    """The rule in its own words, on one sample: the id that may not come next."""
+    if len(ids) < window:
+        return None
+    count = sum(1 for one in ids[-window:] if one == ids[-1])
+    return ids[-1] if count / window > share else None
+
+
+@pytest.mark.parametrize(("window", "share"), [(10, 0.1), (10, 0.3), (3, 0.5)])
+def test_repeats_are_forbidden_as_the_rule_says(window, share):
+    random = torch.Generator().manual_seed(0)
+    # Few different ids, so that about half of the samples break the rule; some are shorter than the window.
+    samples = [torch.randint(0, 6, (length,), generator=random).tolist() for length in [*range(1, 13), *[30] * 60]]
+    recent = torch.tensor([([NO_TOKEN] * window + ids)[-window:] for ids in samples])
+    logits = torch.randn(len(samples), 7, generator=random)
+    found, forbidden = forbid_repeats(logits, recent, share), 0
+    for row, ids in enumerate(samples):
+        expected = logits[row].clone()
+        if (last := forbidden_by_the_released_rule(ids, window, share)) is not None:
+            expected[last], forbidden = -torch.inf, forbidden + 1
+        assert torch.equal(found[row], expected)
+    assert 5 < forbidden < len(samples) - 5
+
+
+def test_generation_without_repeats_is_the_same_alone_and_in_a_batch(model):
+    stutter = [1, *[5, 5, 5, 9] * 3]
+    prompts = [*PROMPTS, stutter, [1, *range(20, 40), 7]]
+    config = SamplingConfig(max_new_tokens=25, repetition_window=10)
+    results = generate(model, prompts, config)
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = list(prompt)
+        for _ in range(config.max_new_tokens):
+            logits = model(torch.tensor([ids]))[0, -1].detach()
+            if (last := forbidden_by_the_released_rule(ids, 10, 0.1)) is not None:
+                logits[last] = -torch.inf
+            ids.append(int(logits.argmax()))
+        assert result.ids == ids[len(prompt) :]
+        assert generate(model, [prompt], config) == [result]
+    free = generate(model, prompts, SamplingConfig(max_new_tokens=25))
+    assert free != results  # the rule had something to do
+    drawn = SamplingConfig(max_new_tokens=25, temperature=0.7, top_k=20, repetition_window=10)
+    assert generate(model, prompts, drawn) == generate(model, prompts, drawn, batch_rows=1)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -83,7 +127,13 @@ def test_drawn_frequencies_follow_the_truncated_distribution(config, expected):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens")],
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"repetition_window": -1}, "repetition_window"),
+        ({"repetition_share": 1.5}, "repetition_share"),
+    ],
 )
 def test_impossible_settings_are_named(options, named):
     with pytest.raises(ValueError, match=named):

@@ -11,41 +11,30 @@ import torch
 from safetensors.torch import load_file
 
 from stepaudio_train.config.errors import UserError
-from stepaudio_train.config.schema import (
-    EarlyStopConfig,
-    EngineConfig,
-    LoggingConfig,
-    LoraConfig,
-    ModelConfig,
-    PretrainConfig,
-    TrainingConfig,
-    VocabularyConfig,
-)
+from stepaudio_train.config.schema import EarlyStopConfig, LoraConfig, PretrainConfig
 from stepaudio_train.convert.sources import LazyWeights, open_source
 from stepaudio_train.data.loader import build_train_loader
 from stepaudio_train.engines.build import build_engine
 from stepaudio_train.engines.local import LocalEngine
 from stepaudio_train.objectives.language_modelling import LanguageModelling
+from stepaudio_train.testing.small_runs import SMALL_RUN, VOCABULARY
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 from stepaudio_train.training.checkpoints import CheckpointError, read_state
 from stepaudio_train.training.early_stop import Best, EarlyStop
 from stepaudio_train.training.loop import fit
 from stepaudio_train.training.run_directory import RunDirectory
 
-VOCABULARY = VocabularyConfig(text_size=400, linguistic_size=64, semantic_size=96, reserved_size=8)
-CONFIG = PretrainConfig(
-    model=ModelConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_attention_groups=1,
-        vocab_size=VOCABULARY.total_size,
+CONFIG = replace(
+    SMALL_RUN,
+    training=replace(
+        SMALL_RUN.training,
+        max_steps=9,
+        eval_every=1,
+        log_every=10,
+        keep_checkpoints=1,
+        early_stop=EarlyStopConfig(patience=3),
     ),
-    vocabulary=VOCABULARY,
-    engine=EngineConfig(device="cpu"),
-    training=TrainingConfig(
-        max_steps=9, sequence_length=32, global_batch_rows=2, micro_batch_rows=2, eval_every=1, log_every=10,
-        keep_checkpoints=1, early_stop=EarlyStopConfig(patience=3),
-    ),
-    logging=LoggingConfig(tensorboard=False, wandb="disabled", progress_bar=False),
-)  # fmt: skip
+)
 HELD_OUT = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 3.1, 6: 3.0, 7: 2.0, 8: 2.0, 9: 2.0}
 """Step -> made-up held-out loss: the best of the first six is step 3's, after which patience 3 ends the run."""
 

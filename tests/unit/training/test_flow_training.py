@@ -27,6 +27,7 @@ from stepaudio_train.config.speaker import SpeakerEncoderConfig
 from stepaudio_train.models.decoder.flow_files import NoSpeaker, find_speaker, load_flow
 from stepaudio_train.models.decoder.speaker import SmallSpeakerEncoder, SpeakerError
 from stepaudio_train.testing.paired_data import PairedCorpus, write_paired_corpus
+from stepaudio_train.training import learning
 from stepaudio_train.training.flow import FlowLearner
 
 SIZES = FlowConfig(
@@ -55,7 +56,7 @@ def config(corpus, tmp_path) -> FlowTrainConfig:
 
 @pytest.fixture(autouse=True)
 def no_log_files(monkeypatch) -> None:
-    monkeypatch.setattr(recipe, "log_to_file", lambda folder, rank: None)
+    monkeypatch.setattr(learning, "log_to_file", lambda folder, rank: None)
 
 
 def metrics(config: FlowTrainConfig) -> list[dict[str, Any]]:

@@ -10,38 +10,19 @@ import pytest
 import torch
 
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.schema import (
-    EngineConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    TrainingConfig,
-    VocabularyConfig,
-)
+from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.data.loader import build_train_loader
 from stepaudio_train.engines.base import NonFiniteError
 from stepaudio_train.engines.build import build_engine
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.objectives.language_modelling import LanguageModelling
+from stepaudio_train.testing.small_runs import SMALL_RUN as CONFIG
+from stepaudio_train.testing.small_runs import VOCABULARY
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 from stepaudio_train.training import checkpoints as checkpoints_module
 from stepaudio_train.training.checkpoints import CheckpointError, latest_checkpoint
 from stepaudio_train.training.loop import fit
 from stepaudio_train.training.run_directory import RunDirectory
-
-VOCABULARY = VocabularyConfig(text_size=400, linguistic_size=64, semantic_size=96, reserved_size=8)
-CONFIG = PretrainConfig(
-    model=ModelConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_attention_groups=2,
-        vocab_size=VOCABULARY.total_size,
-    ),
-    vocabulary=VOCABULARY,
-    engine=EngineConfig(device="cpu"),
-    optimizer=OptimizerConfig(learning_rate=3e-3, embedding_learning_rate_multiplier=2.0),
-    training=TrainingConfig(max_steps=6, sequence_length=64, global_batch_rows=4, micro_batch_rows=4),
-    logging=LoggingConfig(tensorboard=False, wandb="disabled", progress_bar=False),
-)  # fmt: skip
 
 
 def run(config: PretrainConfig, run_dir: Path, init: str | None = None, **training: object) -> list[dict]:

@@ -29,6 +29,7 @@ from stepaudio_train.config.vocoder_training import (
 from stepaudio_train.data.segments import FileRecordings, SegmentBatches
 from stepaudio_train.engines.process_group import join_process_group
 from stepaudio_train.models.decoder.vocoder_files import load_vocoder
+from stepaudio_train.training import learning
 from stepaudio_train.training.vocoder import HeldOutClips, VocoderLearner
 
 CONFIG = VocoderTrainConfig(
@@ -73,7 +74,7 @@ def alone():
 def train(corpus: Path, run_dir: Path, monkeypatch, **training: object) -> list[dict]:
     """A run of the recipe in this process; the lines of metrics.jsonl without the speed."""
     config = replace(CONFIG, corpus=str(corpus), run_dir=str(run_dir), training=replace(CONFIG.training, **training))
-    monkeypatch.setattr(recipe, "log_to_file", lambda folder, rank: None)
+    monkeypatch.setattr(learning, "log_to_file", lambda folder, rank: None)
     recipe.main(config)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "steps_per_s"} for line in lines]

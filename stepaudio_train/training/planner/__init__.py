@@ -1,0 +1,1 @@
+"""Layouts and step times of large runs, from sizes alone (docs/planner.md)."""
