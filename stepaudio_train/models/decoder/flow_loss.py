@@ -82,8 +82,8 @@ def flow_loss(model: FlowMatching, batch: FlowBatch, draws: FlowDraws) -> FlowLo
     """Optimal-transport conditional flow matching (Lipman et al. 2023, equations 22 and 23).
 
     The noisy mel at time t is (1 - (1 - sigma) t) noise + t mel, its velocity mel - (1 - sigma) noise. With a `start`,
-    the path leads to mel from where `FlowMatching.solve` begins, in the rest of the time; that beginning gets no gradient.
-    Given frames count like all others. Padding changes nothing.
+    the path leads to mel from where `FlowMatching.solve` begins, in the rest of the time; that beginning gets no
+    gradient. Given frames count like all others. Padding changes nothing.
     """
     inside = length_mask(batch.num_frames, batch.mel.shape[1])[:, :, None]
     mel = batch.mel.masked_fill(~inside, 0.0)
