@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ T, ROWS = 512, 8
 
 
 def same(a: TokenBatch, b: TokenBatch) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(TokenBatch))
+    tensors, others = a.named_tensors(), b.named_tensors()
+    return list(tensors) == list(others) and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 @pytest.fixture(scope="module")
