@@ -5,8 +5,8 @@
     stepaudio run evaluate_decoder ... model_dir=runs/stage3/export answers=runs/sft/answers
 
 Beside the recordings themselves (`reference`) it makes `resynthesis`, with a language model `synthesis`, and of both
-the same with shuffled tokens. Writes speech.json, every score, and the sounds as KIND/ID.wav
-(docs/speech_decoder.md).
+the same with shuffled tokens. Writes speech.json, every score; report.html, with players; and the
+sounds as KIND/NAME.wav (docs/speech_decoder.md).
 """
 
 import json
@@ -20,25 +20,28 @@ from torch import Tensor
 
 from stepaudio_train.audio.features import SAMPLE_RATE_HZ
 from stepaudio_train.commands.evaluate_speech import judge_pairs
+from stepaudio_train.commands.sound_files import write_sound
 from stepaudio_train.config.compose import run_recipe
 from stepaudio_train.config.decoder_evaluation import DecoderEvaluationConfig, decoder_evaluation_problems
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.judges import JudgeOptions
 from stepaudio_train.data.files import write_atomically
+from stepaudio_train.data.shards import sample_key
 from stepaudio_train.evaluation.made_speech import (
     HeldOutSpeech,
     decode_all,
     held_out_speech,
     shuffled,
     tagged_answers,
-    write_sound,
 )
+from stepaudio_train.evaluation.sound_report import sound_section, speech_summary
 from stepaudio_train.evaluation.speech_judges import hearable
 from stepaudio_train.evaluation.speech_quality import SpeechPair, add_up
 from stepaudio_train.models.decoder.speech_decoder import SpeechDecoder
 from stepaudio_train.rollout.sampling import SamplingConfig
 from stepaudio_train.rollout.speech_text import SpeechTextModel
 from stepaudio_train.tokenizers.speech import SpeechTokens
+from stepaudio_train.training.page import page
 
 log = logging.getLogger("evaluate_decoder")
 
@@ -59,11 +62,12 @@ def main(config: DecoderEvaluationConfig) -> None:
     if config.model_dir is not None:
         codes["synthesis"] = _spoken(recordings, config)
     codes |= {f"{kind}_shuffled_tokens": _shuffled(made, config.seed) for kind, made in codes.items()}
-    sounds = {REFERENCE: _written(output, REFERENCE, recordings, [r.waveform for r in recordings], SAMPLE_RATE_HZ)}
+    names = [sample_key(recording.id) for recording in recordings]
+    sounds = {REFERENCE: _written(output / REFERENCE, names, [r.waveform for r in recordings], SAMPLE_RATE_HZ)}
     silent = {}
     for kind, made in codes.items():
         waveforms, silent[kind] = decode_all(decoder, made, voices)
-        sounds[kind] = _written(output, kind, recordings, waveforms, decoder.sample_rate_hz)
+        sounds[kind] = _written(output / kind, names, waveforms, decoder.sample_rate_hz)
     kinds = _scores(recordings, sounds, options)
     for kind, scores in kinds.items():
         log.info("%s: %s", kind, f"WER {scores['wer']:.1f}%" if "wer" in scores else "words not judged")
@@ -73,10 +77,14 @@ def main(config: DecoderEvaluationConfig) -> None:
         "words": list(options.words),
         "recogniser": options.recogniser,
         "sounds": {
-            kind: {id: str(path.relative_to(output)) for id, path in made.items()} for kind, made in sounds.items()
+            kind: {one.id: str(path.relative_to(output)) for one, path in zip(recordings, paths, strict=True)}
+            for kind, paths in sounds.items()
         },
         "tagged": _tagged(Path(config.answers), decoder, output) if config.answers is not None else [],
     }
+    result["summary"] = speech_summary(result)
+    html = page("Speech decoder", config.decoder, [sound_section(output, result)])
+    write_atomically(output / "report.html", html.encode())
     # Written last: a folder with speech.json is whole.
     write_atomically(output / "speech.json", json.dumps(result, indent=1, ensure_ascii=False).encode())
 
@@ -97,11 +105,14 @@ def _judged(
 
 
 def _scores(
-    recordings: Sequence[HeldOutSpeech], sounds: Mapping[str, Mapping[str, Path]], options: JudgeOptions
+    recordings: Sequence[HeldOutSpeech], sounds: Mapping[str, Sequence[Path]], options: JudgeOptions
 ) -> dict[str, dict[str, Any]]:
     """As `score_speech`, of every kind of sound."""
-    references = sounds[REFERENCE]
-    pairs = [SpeechPair(r.id, r.text, paths[r.id], references[r.id]) for paths in sounds.values() for r in recordings]
+    pairs = [
+        SpeechPair(recording.id, recording.text, path, reference)
+        for paths in sounds.values()
+        for recording, path, reference in zip(recordings, paths, sounds[REFERENCE], strict=True)
+    ]
     outcomes, count = judge_pairs(pairs, options), len(recordings)
     return {kind: add_up(outcomes[n * count : (n + 1) * count]) for n, kind in enumerate(sounds)}
 
@@ -118,11 +129,11 @@ def _shuffled(codes: Sequence[SpeechTokens], seed: int) -> list[SpeechTokens]:
     return [shuffled(one, seed + number) for number, one in enumerate(codes)]
 
 
-def _written(
-    output: Path, kind: str, recordings: Sequence[HeldOutSpeech], waveforms: Sequence[Tensor], sample_rate_hz: int
-) -> dict[str, Path]:
-    named = {recording.id: waveform for recording, waveform in zip(recordings, waveforms, strict=True)}
-    return write_sound(output / kind, named, sample_rate_hz)
+def _written(folder: Path, names: Sequence[str], waveforms: Sequence[Tensor], sample_rate_hz: int) -> list[Path]:
+    paths = [folder / f"{name}.wav" for name in names]
+    for path, waveform in zip(paths, waveforms, strict=True):
+        write_sound(path, waveform, sample_rate_hz)
+    return paths
 
 
 def _tagged(answers: Path, decoder: SpeechDecoder, output: Path) -> list[dict[str, Any]]:
@@ -130,21 +141,17 @@ def _tagged(answers: Path, decoder: SpeechDecoder, output: Path) -> list[dict[st
     found = tagged_answers(answers)
     voices = [decoder.prompt(one.recording) for one in found]
     waveforms, _ = decode_all(decoder, [one.speech for one in found], voices)
-    names = [f"{number:02d}_{one.tags or 'untagged'}" for number, one in enumerate(found)]
-    asked = write_sound(
-        output / "tagged_reference",
-        {name: one.recording for name, one in zip(names, found, strict=True)},
-        SAMPLE_RATE_HZ,
-    )
-    made = write_sound(output / "tagged", dict(zip(names, waveforms, strict=True)), decoder.sample_rate_hz)
+    names = [sample_key(one.tags or "untagged") for one in found]
+    asked = _written(output / "tagged_reference", names, [one.recording for one in found], SAMPLE_RATE_HZ)
+    made = _written(output / "tagged", names, waveforms, decoder.sample_rate_hz)
     return [
         {
             "tags": one.tags,
             "text": one.text,
-            "sound": str(made[name].relative_to(output)),
-            "reference": str(asked[name].relative_to(output)),
+            "sound": str(sound.relative_to(output)),
+            "reference": str(reference.relative_to(output)),
         }
-        for name, one in zip(names, found, strict=True)
+        for one, sound, reference in zip(found, made, asked, strict=True)
     ]
 
 

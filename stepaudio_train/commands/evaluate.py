@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepaudio_train.config.compose import read_config
-from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.errors import ConfigError, UserError
+from stepaudio_train.config.preference_runs import DpoRunConfig
 from stepaudio_train.config.sft import SftConfig, SftDataConfig
 from stepaudio_train.data.conversation_files import (
     ConversationFile,
@@ -18,6 +19,7 @@ from stepaudio_train.data.conversation_files import (
     encode_conversations,
 )
 from stepaudio_train.data.files import write_atomically
+from stepaudio_train.data.sources import Refusal
 from stepaudio_train.data.tags import TagVocabulary
 from stepaudio_train.evaluation.answers import (
     Answered,
@@ -65,6 +67,8 @@ def evaluate_answers(options: AnswersOptions) -> dict[str, Any]:
     found = _encoded(files, data, options)
     model = SpeechTextModel.from_directory(options.model / "export", options.device)
     samples, refused = answerable(found[0], model.renderer, data.template, data.history)
+    unanswered = [sample.record.id for sample in samples if sample.record.messages[-1].role != "assistant"]
+    refused += [Refusal(id, "has no answer to compare with") for id in unanswered]
     samples = [sample for sample in samples if sample.record.messages[-1].role == "assistant"]
     if not samples:
         reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused[:3])
@@ -97,12 +101,19 @@ def fine_tuning_data(model: Path) -> SftDataConfig:
     """How the conversations of a fine-tuned model are rendered, and with which speech tokenizer.
 
     Raises:
-        UserError: no run directory of `sft`.
+        UserError: no run directory of `sft` or `dpo`.
     """
     file = model / "config.yaml"
     if not file.is_file():
         raise UserError(f"{model}: holds no config.yaml; type the run directory of a finished `stepaudio run sft`")
-    return read_config(SftConfig, file).data
+    try:
+        return read_config(SftConfig, file).data
+    except ConfigError:
+        # A policy that learned from preferences is asked as they were rendered.
+        data = read_config(DpoRunConfig, file).data
+        return SftDataConfig(
+            template=data.template, history=data.history, own_tags=data.own_tags, speech_tokenizer=data.speech_tokenizer
+        )
 
 
 def summary(result: dict[str, Any]) -> str:

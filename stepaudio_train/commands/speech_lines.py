@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from stepaudio_train.data.paired_speech import AUDIO_IDS
 from stepaudio_train.data.sources import Refusal
-from stepaudio_train.tokenizers.dual import TOKENS_PER_GROUP, audio_text_to_ids, split_streams
 from stepaudio_train.tokenizers.speech import SpeechTokens
 
 _LONGEST_NAME = 200
@@ -52,16 +49,17 @@ class TokensLine:
         Raises:
             ValueError: anything but whole groups of two linguistic and three semantic tokens.
         """
-        ids = audio_text_to_ids(self.audio_tokens, AUDIO_IDS)
-        linguistic, semantic = split_streams(ids, AUDIO_IDS)
-        if not len(ids) or len(ids) % TOKENS_PER_GROUP:
-            raise ValueError(
-                f"{len(ids)} tokens are no whole number of groups: give two linguistic and three semantic in turn"
-            )
-        return SpeechTokens(linguistic.astype(np.int32), semantic.astype(np.int32))
+        return SpeechTokens.from_text(self.audio_tokens)
 
 
-LineT = TypeVar("LineT", TextLine, TokensLine)
+class Line(Protocol):
+    """A dataclass of a line's fields."""
+
+    @property
+    def id(self) -> str: ...
+
+
+LineT = TypeVar("LineT", bound=Line)
 
 
 @dataclass(frozen=True)

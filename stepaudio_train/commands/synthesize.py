@@ -20,7 +20,6 @@ from stepaudio_train.config.compose import read_config
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.config.sft import ChatTemplate, SftDataConfig
-from stepaudio_train.data.paired_speech import AUDIO_IDS
 from stepaudio_train.data.sources import Refusal
 from stepaudio_train.data.tags import AskedTag, TagVocabulary
 from stepaudio_train.models.decoder.speech_decoder import SpeechDecoder
@@ -29,6 +28,7 @@ from stepaudio_train.rollout.synthesis import RELEASED_SAMPLING, SPEAKER_MARK, P
 from stepaudio_train.rollout.voices import ChosenVoice, SpeakersFolder, VoiceReader, music_tag, require_recording
 from stepaudio_train.tokenizers.dual import audio_ids_to_text, merge_streams
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 
 _BATCH_TEXTS = 16
 _NOT_OF_ALL = ("output", "texts", "records", "voice", "voice_text", "speaker", "seed", "device")

@@ -35,12 +35,10 @@ from stepaudio_train.data.segments import ShardRecordings
 from stepaudio_train.data.shards import ShardError, list_shards, read_shard, shard_counts
 from stepaudio_train.data.token_shards import decode_token_sample
 from stepaudio_train.tokenizers.dual import TOKENS_PER_GROUP, merge_streams
-from stepaudio_train.tokenizers.vocabulary import Vocabulary
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 
 log = logging.getLogger(__name__)
 
-AUDIO_IDS = Vocabulary(text_size=0)
-"""Audio ids as the speech decoder takes them: counted from the first linguistic one."""
 SpeakerEmbedding = Callable[[Tensor], Tensor]
 """[samples] float32 at 16 kHz -> [speaker size] float32, whose voice it is. Raises a UserError where there is none."""
 _ROUNDING_FRAMES = 3

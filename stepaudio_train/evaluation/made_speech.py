@@ -7,32 +7,22 @@ from __future__ import annotations
 
 import io
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
 from stepaudio_train.audio.features import SAMPLE_RATE_HZ
 from stepaudio_train.audio.reading import read_audio
-from stepaudio_train.data.files import replacing
 from stepaudio_train.data.shards import list_shards, read_shard
 from stepaudio_train.data.token_shards import decode_token_sample
-from stepaudio_train.evaluation.spoken_answers import CODEBOOKS
 from stepaudio_train.models.decoder.flow import FlowPrompt
 from stepaudio_train.models.decoder.speech_decoder import SpeechDecoder
-from stepaudio_train.tokenizers.dual import (
-    LINGUISTIC_PER_GROUP,
-    SEMANTIC_PER_GROUP,
-    audio_text_to_ids,
-    num_groups,
-    split_streams,
-)
+from stepaudio_train.tokenizers.dual import LINGUISTIC_PER_GROUP, SEMANTIC_PER_GROUP, num_groups
 from stepaudio_train.tokenizers.speech import SpeechTokens
 
 _SILENCE_S = 0.12
@@ -100,16 +90,6 @@ def decode_all(
     return [found.get(i, silence) for i in range(len(codes))], len(codes) - len(spoken)
 
 
-def write_sound(folder: Path, waveforms: Mapping[str, Tensor], sample_rate_hz: int) -> dict[str, Path]:
-    """Write folder/NAME.wav for each; their paths by the same names."""
-    paths = {}
-    for name, waveform in waveforms.items():
-        paths[name] = folder / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)}.wav"
-        with replacing(paths[name]) as temporary:
-            soundfile.write(temporary, waveform.numpy(), sample_rate_hz, format="WAV")
-    return paths
-
-
 def tagged_answers(folder: Path) -> list[TaggedAnswer]:
     """The first spoken answer to each instruction tag in what `stepaudio evaluate answers` wrote.
 
@@ -122,9 +102,8 @@ def tagged_answers(folder: Path) -> list[TaggedAnswer]:
         tags, asked = ", ".join(line.get("tags", ())), truth.get(line["id"], {})
         if line["task"] != "tts" or tags in chosen or "audio" not in asked or not line.get("audio_tokens"):
             continue
-        codes = split_streams(audio_text_to_ids(line["audio_tokens"], CODEBOOKS), CODEBOOKS)
-        recording = read_audio(asked["audio"], SAMPLE_RATE_HZ)
-        chosen[tags] = TaggedAnswer(tags, line["text"], SpeechTokens(*(c.astype(np.int32) for c in codes)), recording)
+        speech, recording = SpeechTokens.from_text(line["audio_tokens"]), read_audio(asked["audio"], SAMPLE_RATE_HZ)
+        chosen[tags] = TaggedAnswer(tags, line["text"], speech, recording)
     return [chosen[tags] for tags in sorted(chosen)]
 
 

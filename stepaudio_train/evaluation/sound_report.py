@@ -1,4 +1,4 @@
-"""What `stepaudio run evaluate_decoder` found, for people and for summary.json. It reads what speech.json holds."""
+"""What `stepaudio run evaluate_decoder` found, for people and as a summary. It reads what speech.json holds."""
 
 from __future__ import annotations
 

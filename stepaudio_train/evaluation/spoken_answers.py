@@ -21,12 +21,10 @@ from stepaudio_train.data.tags import TAGS, AskedTag, TagVocabulary
 from stepaudio_train.evaluation.contours import FRAME_S, Contour
 from stepaudio_train.tokenizers.dual import GROUP_SAMPLES, SEMANTIC_PER_GROUP, audio_text_to_ids, split_streams
 from stepaudio_train.tokenizers.speech import SpeechTokens
-from stepaudio_train.tokenizers.vocabulary import Vocabulary
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 
 SPOKEN_TASKS = ("tts", "edit")
 _GROUP_S = GROUP_SAMPLES / SAMPLE_RATE_HZ
-CODEBOOKS = Vocabulary(text_size=0)
-"""The paper's sizes; `<audio_k>` is id k."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +191,7 @@ def _language(tags: Iterable[AskedTag], told: str | None) -> str | None:
 
 def _tokens(text: str) -> SpeechTokens:
     try:
-        linguistic, semantic = split_streams(audio_text_to_ids(text, CODEBOOKS), CODEBOOKS)
+        linguistic, semantic = split_streams(audio_text_to_ids(text, AUDIO_IDS), AUDIO_IDS)
     except ValueError as error:
         raise _Unusable(f"audio_tokens: {error}") from error
     if not len(semantic):

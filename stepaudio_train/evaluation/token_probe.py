@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepaudio_train.evaluation.contours import Contour
-from stepaudio_train.evaluation.spoken_answers import CODEBOOKS, SpokenAnswer
+from stepaudio_train.evaluation.spoken_answers import SpokenAnswer
 from stepaudio_train.tokenizers.speech import SpeechTokens
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 
 PROBE_FRAME_S = 0.04
 """One semantic code."""
@@ -162,8 +163,8 @@ def _places(tokens: SpeechTokens) -> Tensor:
     parts, offset = [], 0
     for codes, size, reach, centres in (
         # The code that sounds in the middle of a frame: one every 40 ms, one every 60 ms.
-        (tokens.semantic, CODEBOOKS.semantic_size, _SEMANTIC_REACH, frames),
-        (tokens.linguistic, CODEBOOKS.linguistic_size, _LINGUISTIC_REACH, (2 * frames + 1) // 3),
+        (tokens.semantic, AUDIO_IDS.semantic_size, _SEMANTIC_REACH, frames),
+        (tokens.linguistic, AUDIO_IDS.linguistic_size, _LINGUISTIC_REACH, (2 * frames + 1) // 3),
     ):
         # One more code says that there is none.
         padded = F.pad(torch.from_numpy(codes).long(), (reach, reach + 1), value=size)
@@ -173,8 +174,8 @@ def _places(tokens: SpeechTokens) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-_NUM_WEIGHTS = (2 * _SEMANTIC_REACH + 1) * (CODEBOOKS.semantic_size + 1) + (2 * _LINGUISTIC_REACH + 1) * (
-    CODEBOOKS.linguistic_size + 1
+_NUM_WEIGHTS = (2 * _SEMANTIC_REACH + 1) * (AUDIO_IDS.semantic_size + 1) + (2 * _LINGUISTIC_REACH + 1) * (
+    AUDIO_IDS.linguistic_size + 1
 )
 
 
@@ -211,8 +212,8 @@ def _features(tokens: SpeechTokens) -> NDArray[np.int64]:
     """A number for each code and each pair of neighbours; the streams share none."""
     found, offset = [], 0
     for codes, size in (
-        (tokens.linguistic.astype(np.int64), CODEBOOKS.linguistic_size),
-        (tokens.semantic.astype(np.int64), CODEBOOKS.semantic_size),
+        (tokens.linguistic.astype(np.int64), AUDIO_IDS.linguistic_size),
+        (tokens.semantic.astype(np.int64), AUDIO_IDS.semantic_size),
     ):
         found += [offset + codes, offset + size * (1 + codes[:-1]) + codes[1:]]
         offset += size * (size + 1)

@@ -25,10 +25,12 @@ from stepaudio_train.audio.features import (
     pad_clips,
 )
 from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig, piece_problem
+from stepaudio_train.tokenizers.dual import TOKENS_PER_GROUP, audio_text_to_ids, split_streams
 from stepaudio_train.tokenizers.linguistic import LinguisticTokenizer
 from stepaudio_train.tokenizers.precision import Precision, set_precision
 from stepaudio_train.tokenizers.released import CENTROIDS_FILE, is_released, read_released
 from stepaudio_train.tokenizers.semantic import SAMPLES_PER_TOKEN, SemanticTokenizer
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 from stepaudio_train.tokenizers.weight_files import (
     LINGUISTIC_FILE,
     SEMANTIC_FILE,
@@ -53,6 +55,21 @@ class SpeechTokens:
     """[L], 16.7 a second."""
     semantic: NDArray[np.int32]
     """[S], 25 a second."""
+
+    @classmethod
+    def from_text(cls, text: str) -> SpeechTokens:
+        """The codes of a text of `<audio_k>`, as `audio_ids_to_text` writes it.
+
+        Raises:
+            ValueError: anything else in it, or no whole groups of two linguistic and three semantic tokens.
+        """
+        ids = audio_text_to_ids(text, AUDIO_IDS)
+        linguistic, semantic = split_streams(ids, AUDIO_IDS)
+        if not len(ids) or len(ids) % TOKENS_PER_GROUP:
+            raise ValueError(
+                f"{len(ids)} tokens are no whole number of groups: give two linguistic and three semantic in turn"
+            )
+        return cls(linguistic.astype(np.int32), semantic.astype(np.int32))
 
 
 class SpeechTokenizer:

@@ -87,3 +87,7 @@ class Vocabulary:
     def padded_size(self, multiple: int) -> int:
         """Rows of an embedding that `multiple` ranks can share evenly. Padding rows never reach a checkpoint."""
         return -(-self.total_size // multiple) * multiple
+
+
+AUDIO_IDS = Vocabulary(text_size=0)
+"""Audio ids counted from the first linguistic one, as the speech decoder takes them: `<audio_k>` is id k."""

@@ -71,7 +71,8 @@ class FlowLoss(NamedTuple):
     """Sums over a batch. The step's loss is the sum over all batches and processes, divided once."""
 
     loss_sum: Tensor
-    """Scalar float32, differentiable: squared error of the velocity, mean over mel bins, sum over frames."""
+    """Scalar float32, differentiable: squared error of the velocity over the whole way that it has to go, mean over mel
+    bins, sum over frames."""
     encoder_sum: Tensor
     """The same of the encoder's mel."""
     num_frames: Tensor
@@ -95,6 +96,6 @@ def flow_loss(model: FlowMatching, batch: FlowBatch, draws: FlowDraws) -> FlowLo
     noisy = (1 - (1 - SIGMA_MIN) * progress) * begun + progress * mel
     time = start + (1 - start) * draws.progress
     velocity = model.velocity(noisy.transpose(1, 2), condition * draws.told[:, None, None], time, mask)
-    error = velocity.transpose(1, 2) - (mel - (1 - SIGMA_MIN) * begun) / (1 - start)
+    error = (1 - start) * velocity.transpose(1, 2) - (mel - (1 - SIGMA_MIN) * begun)
     sums = ((difference.square() * inside).mean(dim=2).sum() for difference in (error, encoded - mel))
     return FlowLoss(*sums, batch.num_frames.sum())

@@ -27,7 +27,7 @@ from stepaudio_train.data.files import replacing
 NUM_MEL_BINS = 80
 _MIN_SAMPLES = SAMPLE_RATE_HZ // 10
 _CONFIG_KEY = "speaker_encoder"
-_VARIANCE_FLOOR = 1e-5
+VARIANCE_FLOOR = 1e-5
 
 
 class SpeakerError(UserError, ValueError):
@@ -126,7 +126,7 @@ class SmallSpeakerEncoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """`speaker_features` [B, T, M] of one length -> [B, D] of length 1."""
         x = self.frames(features.transpose(1, 2))
-        deviation = x.var(dim=2, correction=0).clamp(min=_VARIANCE_FLOOR).sqrt()
+        deviation = x.var(dim=2, correction=0).clamp(min=VARIANCE_FLOOR).sqrt()
         return F.normalize(self.voice(torch.cat([x.mean(dim=2), deviation], dim=1)), dim=1)
 
     @torch.inference_mode()

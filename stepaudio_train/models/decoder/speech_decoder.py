@@ -17,7 +17,7 @@ from torch import Tensor
 from stepaudio_train.audio.features import batches_of_like_length
 from stepaudio_train.config.decoder import FlowSolverConfig, FlowStreamConfig, flow_inference_problems
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.data.paired_speech import AUDIO_IDS, clip_mel
+from stepaudio_train.data.paired_speech import clip_mel
 from stepaudio_train.models.decoder.flow import FlowError, FlowMatching, FlowPrompt
 from stepaudio_train.models.decoder.flow_files import find_speaker, load_flow
 from stepaudio_train.models.decoder.flow_stream import FlowStream
@@ -35,6 +35,7 @@ from stepaudio_train.tokenizers.dual import (
 )
 from stepaudio_train.tokenizers.learning.optimisation import resolve_device
 from stepaudio_train.tokenizers.speech import SpeechTokens
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 
 _LONGEST_TOKENS = 2500
 """Clips of over a minute are made as they are streamed: the flow's memory grows with the square of the length."""

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from stepaudio_train.commands.evaluate import fine_tuning_data
 from stepaudio_train.config.checks import dpo_run_problems, reward_run_problems
 from stepaudio_train.config.compose import load_config, read_config, save_config
 from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.config.paths import configs_dir
 from stepaudio_train.config.preference_runs import DpoRunConfig, RewardConfig
-from stepaudio_train.config.sft import with_max_steps
+from stepaudio_train.config.preferences import PreferenceDataConfig
+from stepaudio_train.config.sft import SftConfig, SftDataConfig, with_max_steps
 
 RECIPES = {"reward": (RewardConfig, reward_run_problems), "dpo": (DpoRunConfig, dpo_run_problems)}
 WORLD_SIZES = {"reward_130b_tqta": 64, "reward_130b_aqta": 64, "dpo_3b_lora": 1}
@@ -97,3 +99,12 @@ def test_saved_configuration_reads_back_equal(recipe, files, tmp_path):
     assert config.training.max_steps == 3
     save_config(config, tmp_path / "config.yaml")
     assert read_config(RECIPES[recipe][0], tmp_path / "config.yaml") == config
+
+
+def test_a_policy_that_learned_from_preferences_is_asked_as_they_were_rendered(tmp_path):
+    data = PreferenceDataConfig(path="pairs.jsonl", template="chat", history="audio", own_tags=("hoarse",))
+    save_config(DpoRunConfig(data=data), tmp_path / "config.yaml")
+    asked = fine_tuning_data(tmp_path)
+    assert (asked.template, asked.history, asked.own_tags) == ("chat", "audio", ("hoarse",))
+    save_config(SftConfig(data=SftDataConfig(path="chats.jsonl", template="tts_bos")), tmp_path / "config.yaml")
+    assert fine_tuning_data(tmp_path).template == "tts_bos"

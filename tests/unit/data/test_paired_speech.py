@@ -20,7 +20,7 @@ from stepaudio_train.audio.speech_like import speech_like
 from stepaudio_train.config.decoder import FlowConfig
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.vocoder import MelConfig
-from stepaudio_train.data.paired_speech import AUDIO_IDS, PairedSpeech, clip_mel
+from stepaudio_train.data.paired_speech import PairedSpeech, clip_mel
 from stepaudio_train.data.shards import (
     ShardSample,
     finish_dataset,
@@ -33,6 +33,7 @@ from stepaudio_train.data.token_shards import decode_token_sample, encode_token_
 from stepaudio_train.testing.paired_data import PairedCorpus, write_paired_corpus
 from stepaudio_train.tokenizers.dual import merge_streams
 from stepaudio_train.tokenizers.speech import SpeechTokenizer
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 
 CONFIG = FlowConfig()
 

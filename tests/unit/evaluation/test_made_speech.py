@@ -20,7 +20,7 @@ from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.config.judges import JudgeOptions
 from stepaudio_train.config.vocoder import VocoderConfig
 from stepaudio_train.evaluation.made_speech import decode_all, held_out_speech, shuffled, tagged_answers
-from stepaudio_train.evaluation.sound_report import sound_section, speech_summary
+from stepaudio_train.evaluation.sound_report import speech_summary
 from stepaudio_train.models.decoder.flow import FlowMatching
 from stepaudio_train.models.decoder.flow_files import NoSpeaker, save_flow
 from stepaudio_train.models.decoder.speech_decoder import SpeechDecoder
@@ -119,9 +119,10 @@ def test_the_recipe_leaves_sounds_and_scores_that_can_be_shown(corpus, decoder_f
         for path in paths.values():
             samples, _ = soundfile.read(tmp_path / path)
             assert samples.any()
-    assert speech_summary(found)["resynthesis_wer"] is None
-    page = sound_section(tmp_path, found)
+    assert found["summary"]["resynthesis_wer"] is None
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<audio") == 6 and page.count("data:image/png") == 6
+    assert "http" not in page
 
 
 def test_word_errors_of_each_kind_have_their_names():

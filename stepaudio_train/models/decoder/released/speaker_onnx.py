@@ -13,12 +13,12 @@ from onnx import numpy_helper, parser
 from torch import Tensor
 
 from stepaudio_train.models.decoder.flow_files import NoSpeaker
-from stepaudio_train.models.decoder.speaker import NUM_MEL_BINS, SmallSpeakerEncoder
+from stepaudio_train.models.decoder.speaker import NUM_MEL_BINS, VARIANCE_FLOOR, SmallSpeakerEncoder
 
 # What StepFun's pinned ONNX Runtime (1.17) runs.
 _OPSET, _IR_VERSION = 17, 9
-# As in `SmallSpeakerEncoder.forward`; a test holds them equal.
-_VARIANCE_FLOOR, _NORM_FLOOR = 1e-5, 1e-12
+# torch's `normalize` has it.
+_NORM_FLOOR = 1e-12
 
 
 def write_speaker_onnx(encoder: SmallSpeakerEncoder | NoSpeaker, path: Path) -> None:
@@ -61,7 +61,7 @@ def _graph(encoder: SmallSpeakerEncoder) -> tuple[list[str], dict[str, Tensor]]:
         "output = Div(voice, divisor)",
     ]
     weights = {name.replace(".", "_"): w for name, w in encoder.state_dict().items() if w.is_floating_point()}
-    floors = {"variance_floor": _VARIANCE_FLOOR, "norm_floor": _NORM_FLOOR}
+    floors = {"variance_floor": VARIANCE_FLOOR, "norm_floor": _NORM_FLOOR}
     return lines, weights | {name: torch.tensor(value) for name, value in floors.items()}
 
 
