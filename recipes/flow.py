@@ -16,9 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from stepaudio_train.audio.features import batches_of_like_length
 from stepaudio_train.config.compose import run_recipe
@@ -26,7 +24,7 @@ from stepaudio_train.config.flow_training import FlowTrainConfig, flow_train_pro
 from stepaudio_train.data.paired_speech import PairedSpeech
 from stepaudio_train.models.decoder.flow_files import NoSpeaker, copy_speaker, load_speaker, save_flow
 from stepaudio_train.models.decoder.flow_loss import FlowBatch
-from stepaudio_train.training.flow import FlowLearner, flow_batch, mean_mels
+from stepaudio_train.training.flow import FlowLearner, flow_batch
 from stepaudio_train.training.learning import learn, started
 
 log = logging.getLogger("flow")
@@ -39,7 +37,7 @@ def main(config: FlowTrainConfig) -> None:
         speech = _speech(config, config.train_split)
         held_out = [] if logger is None else _held_out(config)
         log.info("%d recordings to learn from", len(speech))
-        learner = FlowLearner(config, held_out, device, _code_mels(config, speech))
+        learner = FlowLearner(config, held_out, device)
 
         def batches(first: int) -> Iterable[FlowBatch]:
             own = islice(speech.batches(share_frames, config.seed), (first - 1) * num_ranks + rank, None, num_ranks)
@@ -51,17 +49,6 @@ def main(config: FlowTrainConfig) -> None:
             if config.speaker is not None:
                 copy_speaker(Path(config.speaker), run.path)
         log.info("%s: %s", "finished" if finished else "stopped; the same command goes on from here", run.path)
-
-
-def _code_mels(config: FlowTrainConfig, speech: PairedSpeech) -> Tensor | None:
-    """What the embedding begins with; None: at random, or given weights."""
-    count = min(config.training.embedding_clips, len(speech))
-    if not count or config.init is not None:
-        return None
-    # Clips from all over the corpus, other ones for each process.
-    own = range(dist.get_rank(), count, dist.get_world_size())
-    shown = tqdm(own, desc="sound of each code", unit="clip", dynamic_ncols=True)
-    return mean_mels((speech[number * len(speech) // count] for number in shown), config.flow)
 
 
 def _speech(config: FlowTrainConfig, split: str) -> PairedSpeech:

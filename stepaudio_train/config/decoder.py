@@ -38,10 +38,6 @@ class FlowConfig:
     sample_rate_hz: int = 22050
     hop_samples: int = 256
     """From one mel frame to the next."""
-    start: float = 0.0
-    """Time on the path from noise, 0, to mel, 1, at which a mel is begun, with the encoder's own mel in the data's
-    place (shallow flow matching, arXiv 2505.12226); the encoder has to learn the mel for that. 0: noise alone, as
-    released, and as the released programs need it."""
     token_rate_hz: float = 41.667
     """Tokens of both kinds a second. The released file rounds 16.667 + 25 so, and frames are counted from it."""
 
@@ -96,7 +92,7 @@ class FlowStreamConfig:
 
 def flow_problems(config: FlowConfig) -> list[str]:
     """What is wrong with the sizes of a flow, a line each."""
-    counts = {key: value for key, value in asdict(config).items() if key not in ("dropout", "start")}
+    counts = {key: value for key, value in asdict(config).items() if key != "dropout"}
     problems = [f"{key}={value}: must be over 0" for key, value in counts.items() if value <= 0]
     if problems:
         return problems
@@ -113,8 +109,6 @@ def flow_problems(config: FlowConfig) -> list[str]:
         )
     if not 0 <= config.dropout < 1:
         problems.append(f"dropout={config.dropout}: must be 0 or more and under 1")
-    if not 0 <= config.start < 1:
-        problems.append(f"start={config.start}: must be 0 (noise alone) or more and under 1")
     if config.num_frames(1) < 1:
         problems.append(
             f"token_rate_hz={config.token_rate_hz}: a token must last a mel frame at least; type a lower rate, or "

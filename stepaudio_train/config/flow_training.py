@@ -38,11 +38,6 @@ class FlowTrainingConfig(LoopConfig):
     batch_frames: int = 4000
     """Mel frames a step, padding included, over all processes: 86 are a second. A longer clip is a batch by itself.
     CosyVoice: 2000 for each process."""
-    encoder_weight: float = 0.0
-    """Of the squared error of the encoder's own mel in what is learned from, which `flow.start` needs. CosyVoice: 0."""
-    embedding_clips: int = 0
-    """Each code's embedding begins as the mean mel of its frames in this many clips, so that codes of like sound are
-    near each other from the start; 0: at random, as CosyVoice. No effect with `init`."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +95,6 @@ def flow_train_problems(config: FlowTrainConfig) -> list[str]:
         "optimizer.warmup_steps": config.optimizer.warmup_steps,
     }
     problems += [f"{key}={value}: must be at least 1" for key, value in counts.items() if value < 1]
-    nonnegative = {
-        "training.encoder_weight": config.training.encoder_weight,
-        "training.embedding_clips": config.training.embedding_clips,
-    }
-    problems += [f"{key}={value}: must not be under 0" for key, value in nonnegative.items() if value < 0]
-    if config.flow.start and not config.training.encoder_weight:
-        problems.append(
-            f"flow.start={config.flow.start}: begins with a mel that the encoder has to learn; type "
-            "training.encoder_weight=1, or flow.start=0"
-        )
     if config.num_workers < 0:
         problems.append(f"num_workers={config.num_workers}: must not be under 0")
     positive = {

@@ -4,49 +4,35 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from stepaudio_train.audio.features import pad_clips
-from stepaudio_train.config.decoder import FlowConfig
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.flow_training import FlowTrainConfig
 from stepaudio_train.data.paired_speech import PairedClip
 from stepaudio_train.models.decoder.flow import FlowMatching
 from stepaudio_train.models.decoder.flow_loss import FlowBatch, FlowDraws, FlowLoss, flow_loss
 from stepaudio_train.models.decoder.weights import read_weights
-from stepaudio_train.tokenizers.dual import TOKENS_PER_GROUP
 from stepaudio_train.tokenizers.learning.parallel import all_sum, sum_gradients
 from stepaudio_train.training.learning import load_optimizer, save_optimizer, update_average
 
-_BEGINS = torch.tensor([0, 1 / 2, 0, 1 / 3, 2 / 3])
-_LENGTHS = torch.tensor([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])
-"""Of a group's tokens, in groups: two linguistic, then three semantic."""
-_LEAST_DEVIATION, _RANDOM_SHARE = 1e-3, 0.05
 _WEIGHTS, _AVERAGE, _OPTIMIZER = "flow.safetensors", "average.safetensors", "optimizer.safetensors"
 
 
 class FlowLearner:
     """A flow and the running average of its weights, which is the result. A `Learner`."""
 
-    def __init__(
-        self,
-        config: FlowTrainConfig,
-        held_out: Sequence[FlowBatch],
-        device: torch.device,
-        code_mels: Tensor | None = None,
-    ) -> None:
+    def __init__(self, config: FlowTrainConfig, held_out: Sequence[FlowBatch], device: torch.device) -> None:
         """
         Args:
             held_out: what `measure` measures.
-            code_mels: [vocabulary, M] what codes sound like, which the embedding begins with; no effect with `init`.
 
         Raises:
             DecoderWeightError, FlowError: `init` cannot be used.
@@ -56,8 +42,6 @@ class FlowLearner:
         flow = FlowMatching(config.flow)
         if config.init is not None:
             flow = FlowMatching.from_state_dict(config.flow, read_weights(Path(config.init)))
-        elif code_mels is not None:
-            begin_with_mels(flow.input_embedding, code_mels)
         self.flow = flow.to(device)
         self.average = copy.deepcopy(self.flow).eval().requires_grad_(False)
         self._optimizer = torch.optim.Adam(self.flow.parameters())
@@ -75,8 +59,7 @@ class FlowLearner:
         # Of dropout. So chance has no state that a checkpoint would have to hold.
         torch.manual_seed(self._seed(number))
         loss = self._loss(self.flow.train(), batch, self._seed(number))
-        weighted = loss.loss_sum + self._config.training.encoder_weight * loss.encoder_sum
-        share = weighted / all_sum(loss.num_frames.float())
+        share = loss.loss_sum / all_sum(loss.num_frames.float())
         total = float(all_sum(share.detach().clone()))
         if not math.isfinite(total):
             raise UserError(
@@ -97,13 +80,10 @@ class FlowLearner:
 
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
-        """The averaged weights' losses on held-out clips, of velocity and encoder, with the same noise every time."""
+        """The averaged weights' loss on held-out clips, with the same noise every time."""
         losses = [self._loss(self.average, batch, number) for number, batch in enumerate(self._held_out)]
-        frames = sum(int(loss.num_frames) for loss in losses)
-        return {
-            "val/loss": sum(float(loss.loss_sum) for loss in losses) / frames,
-            "val/encoder": sum(float(loss.encoder_sum) for loss in losses) / frames,
-        }
+        total = sum(float(loss.loss_sum) for loss in losses)
+        return {"val/loss": total / sum(int(loss.num_frames) for loss in losses)}
 
     def save(self, folder: Path) -> None:
         """As `Learner.save`."""
@@ -124,43 +104,6 @@ class FlowLearner:
     def _loss(self, flow: FlowMatching, batch: FlowBatch, seed: int) -> FlowLoss:
         moved = FlowBatch(**{field.name: getattr(batch, field.name).to(self._device) for field in fields(batch)})
         return flow_loss(flow, moved, FlowDraws.draw(moved, torch.Generator().manual_seed(seed)))
-
-
-def mean_mels(clips: Iterable[PairedClip], config: FlowConfig) -> Tensor:
-    """What each code sounds like: the mean mel over the frames it stands for, on every process's own clips together.
-
-    A group of tokens lasts 0.12 s, of which a linguistic one stands for a half and a semantic one for a third.
-
-    Returns:
-        [vocabulary, M] float32, each bin with mean 0 and deviation 1 over the codes that were seen; 0 for the others.
-    """
-    sums = torch.zeros(config.vocab_size, config.num_mel_bins + 1, dtype=torch.float64)
-    for clip in clips:
-        frames, groups = len(clip.mel), len(clip.tokens) // TOKENS_PER_GROUP
-        counted = F.pad(clip.mel.double(), (0, 1), value=1.0)
-        summed = F.pad(counted.cumsum(0), (0, 0, 1, 0))
-        begins = (torch.arange(groups)[:, None] + _BEGINS).flatten() * (frames / groups)
-        lengths = _LENGTHS.repeat(groups) * (frames / groups)
-        first = begins.round().long().clamp(max=frames - 1)
-        last = torch.maximum((begins + lengths).round().long(), first + 1).clamp(max=frames)
-        sums.index_add_(0, clip.tokens, summed[last] - summed[first])
-    all_sum(sums)
-    seen = sums[:, -1] > 0
-    means = sums[seen, :-1] / sums[seen, -1:]
-    found = torch.zeros(config.vocab_size, config.num_mel_bins)
-    found[seen] = ((means - means.mean(0)) / means.std(0, correction=0).clamp(min=_LEAST_DEVIATION)).float()
-    return found
-
-
-@torch.no_grad()
-def begin_with_mels(embedding: nn.Embedding, code_mels: Tensor) -> None:
-    """Put [vocabulary, M] into an embedding's first numbers, as many as it has, in place of random ones.
-
-    What is left of the random ones tells codes apart that sound alike, or were not seen.
-    """
-    shared = min(embedding.embedding_dim, code_mels.shape[1])
-    embedding.weight *= _RANDOM_SHARE
-    embedding.weight[:, :shared] += code_mels[:, :shared]
 
 
 def flow_batch(clips: Sequence[PairedClip]) -> FlowBatch:

@@ -126,15 +126,10 @@ class FlowMatching(nn.Module):
 
     @torch.inference_mode()
     def solve(self, inputs: FlowInputs, noise: Tensor, solver: FlowSolverConfig) -> Tensor:
-        """Mel [B, F, M], prompt included, moved from noise [B, F, M] by Euler steps of the cosine schedule.
-
-        With `config.start`, from noise that so much of the encoder's mel is mixed with.
-        """
+        """Mel [B, F, M], prompt included, moved from noise [B, F, M] by Euler steps of the cosine schedule."""
         condition, mask = self.condition(inputs)
-        start, encoded = self.config.start, condition[:, : self.config.num_mel_bins]
-        x = torch.lerp(noise.transpose(1, 2), encoded, start)
-        times = start + (1 - start) * cosine_times(torch.linspace(0, 1, solver.num_steps + 1))
-        for time, following in pairwise(times.tolist()):
+        x, times = noise.transpose(1, 2), cosine_times(torch.linspace(0, 1, solver.num_steps + 1)).tolist()
+        for time, following in pairwise(times):
             x = x + (following - time) * self._guided_velocity(x, condition, time, mask, solver.guidance)
         return x.transpose(1, 2)
 

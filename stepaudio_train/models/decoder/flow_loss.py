@@ -45,8 +45,8 @@ class FlowBatch:
 class FlowDraws:
     """All that chance decides about a batch."""
 
-    progress: Tensor
-    """[B] float32 within 0..1: how far a mel is on its path."""
+    time: Tensor
+    """[B] float32 within 0..1."""
     noise: Tensor
     """[B, F, M] float32, 0 behind the end."""
     num_prompt_frames: Tensor
@@ -71,10 +71,7 @@ class FlowLoss(NamedTuple):
     """Sums over a batch. The step's loss is the sum over all batches and processes, divided once."""
 
     loss_sum: Tensor
-    """Scalar float32, differentiable: squared error of the velocity over the whole way that it has to go, mean over mel
-    bins, sum over frames."""
-    encoder_sum: Tensor
-    """The same of the encoder's mel."""
+    """Scalar float32, differentiable: squared error of the velocity, mean over mel bins, sum over frames."""
     num_frames: Tensor
     """Scalar int64: what it is divided by."""
 
@@ -82,20 +79,16 @@ class FlowLoss(NamedTuple):
 def flow_loss(model: FlowMatching, batch: FlowBatch, draws: FlowDraws) -> FlowLoss:
     """Optimal-transport conditional flow matching (Lipman et al. 2023, equations 22 and 23).
 
-    The noisy mel at time t is (1 - (1 - sigma) t) noise + t mel, its velocity mel - (1 - sigma) noise. With a `start`,
-    the path leads to mel from where `FlowMatching.solve` begins, in the rest of the time; that beginning gets no
-    gradient. Given frames count like all others. Padding changes nothing.
+    The noisy mel at time t is (1 - (1 - sigma) t) noise + t mel, its velocity mel - (1 - sigma) noise. Given frames
+    count like all others. Padding changes nothing.
     """
     inside = length_mask(batch.num_frames, batch.mel.shape[1])[:, :, None]
     mel = batch.mel.masked_fill(~inside, 0.0)
     given = mel * length_mask(draws.num_prompt_frames, mel.shape[1])[:, :, None]
     inputs = FlowInputs(batch.tokens, batch.num_tokens[:, None], batch.num_frames[:, None], batch.speaker, given)
     condition, mask = model.condition(inputs)
-    encoded, start = condition[:, : mel.shape[2]].transpose(1, 2), model.config.start
-    begun, progress = torch.lerp(draws.noise, encoded.detach(), start), draws.progress[:, None, None]
-    noisy = (1 - (1 - SIGMA_MIN) * progress) * begun + progress * mel
-    time = start + (1 - start) * draws.progress
-    velocity = model.velocity(noisy.transpose(1, 2), condition * draws.told[:, None, None], time, mask)
-    error = (1 - start) * velocity.transpose(1, 2) - (mel - (1 - SIGMA_MIN) * begun)
-    sums = ((difference.square() * inside).mean(dim=2).sum() for difference in (error, encoded - mel))
-    return FlowLoss(*sums, batch.num_frames.sum())
+    time = draws.time[:, None, None]
+    noisy = (1 - (1 - SIGMA_MIN) * time) * draws.noise + time * mel
+    velocity = model.velocity(noisy.transpose(1, 2), condition * draws.told[:, None, None], draws.time, mask)
+    error = velocity.transpose(1, 2) - (mel - (1 - SIGMA_MIN) * draws.noise)
+    return FlowLoss((error.square() * inside).mean(dim=2).sum(), batch.num_frames.sum())

@@ -45,7 +45,6 @@ SMALL = FlowConfig(
     decoder_mid_blocks=1,
     speaker_size=8,
     num_mel_bins=16,
-    start=0.0,
 )
 LEARNER = replace(SMALL, num_mel_bins=8, decoder_channels=64)
 """Wide enough for its mel to learn in seconds."""
@@ -280,39 +279,15 @@ def test_loss_is_the_formula():
     counts = batch.num_tokens[:, None], batch.num_frames[:, None]
     condition, _ = model.condition(FlowInputs(batch.tokens, *counts, batch.speaker, given))
     noisy = 0.6 * draws.noise + 0.4 * batch.mel
-    velocity = model.velocity(noisy.transpose(1, 2), condition, draws.progress, None).transpose(1, 2)
+    velocity = model.velocity(noisy.transpose(1, 2), condition, draws.time, None).transpose(1, 2)
     loss = flow_loss(model, batch, draws)
     expected = F.mse_loss(velocity, batch.mel - draws.noise)
     torch.testing.assert_close(loss.loss_sum / loss.num_frames, expected, atol=1e-4, rtol=1e-4)
     untold = replace(draws, told=torch.tensor([False]))
-    velocity = model.velocity(noisy.transpose(1, 2), torch.zeros_like(condition), draws.progress, None).transpose(1, 2)
+    velocity = model.velocity(noisy.transpose(1, 2), torch.zeros_like(condition), draws.time, None).transpose(1, 2)
     expected = F.mse_loss(velocity, batch.mel - draws.noise)
     loss = flow_loss(model, batch, untold)
     torch.testing.assert_close(loss.loss_sum / loss.num_frames, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_with_a_start_the_path_leads_from_where_a_mel_is_begun():
-    model = random_model(replace(SMALL, start=0.6))
-    batch = batch_of(*random_clips((9,)))
-    draws = FlowDraws(torch.tensor([0.25]), torch.randn(batch.mel.shape), torch.tensor([0]), torch.tensor([True]))
-    counts = batch.num_tokens[:, None], batch.num_frames[:, None]
-    condition, _ = model.condition(FlowInputs(batch.tokens, *counts, batch.speaker, torch.zeros_like(batch.mel)))
-    encoded = condition[:, : SMALL.num_mel_bins].transpose(1, 2)
-    begun = 0.4 * draws.noise + 0.6 * encoded
-    noisy, time = 0.75 * begun + 0.25 * batch.mel, torch.tensor([0.6 + 0.4 * 0.25])
-    velocity = model.velocity(noisy.transpose(1, 2), condition, time, None).transpose(1, 2)
-    loss = flow_loss(model, batch, draws)
-    # What is left of the way, in what is left of the time.
-    expected = F.mse_loss(0.4 * velocity, batch.mel - begun)
-    torch.testing.assert_close(loss.loss_sum / loss.num_frames, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(loss.encoder_sum / loss.num_frames, F.mse_loss(encoded, batch.mel))
-    # The encoder learns through the condition alone, not by moving the beginning.
-    bias = model.encoder_proj.bias
-    velocity = model.velocity(noisy.detach().transpose(1, 2), condition, time, None).transpose(1, 2)
-    error = 0.4 * velocity - (batch.mel - begun.detach())
-    (expected_gradient,) = torch.autograd.grad(error.square().mean(2).sum(), bias, retain_graph=True)
-    (gradient,) = torch.autograd.grad(loss.loss_sum, bias)
-    torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-4)
 
 
 def test_padding_and_neighbours_change_no_loss():
@@ -354,7 +329,7 @@ def test_draws_are_the_generator_s_and_have_their_shares():
     assert 0.45 < (draws.num_prompt_frames > 0).float().mean() < 0.5
     assert 0.17 < 1 - draws.told.float().mean() < 0.23
     # The cosine schedule: half of the times lie under 1 - cos(pi / 4).
-    assert 0.26 < draws.progress.median() < 0.33
+    assert 0.26 < draws.time.median() < 0.33
 
 
 # Drawing a mel

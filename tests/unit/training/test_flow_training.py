@@ -24,12 +24,11 @@ from stepaudio_train.config.flow_training import (
 )
 from stepaudio_train.config.schema import LoggingConfig
 from stepaudio_train.config.speaker import SpeakerEncoderConfig
-from stepaudio_train.data.paired_speech import PairedClip
 from stepaudio_train.models.decoder.flow_files import NoSpeaker, find_speaker, load_flow
 from stepaudio_train.models.decoder.speaker import SmallSpeakerEncoder, SpeakerError
 from stepaudio_train.testing.paired_data import PairedCorpus, write_paired_corpus
 from stepaudio_train.training import learning
-from stepaudio_train.training.flow import FlowLearner, begin_with_mels, mean_mels
+from stepaudio_train.training.flow import FlowLearner
 
 SIZES = FlowConfig(
     hidden_size=32, ffn_size=32, num_blocks=1, decoder_channels=32, decoder_head_size=16, decoder_mid_blocks=1
@@ -163,28 +162,3 @@ def test_the_released_experiment_has_the_released_sizes(config):
     folders = [f"corpus={config.corpus}", f"tokens={config.tokens}"]
     released = load_config("flow", FlowTrainConfig, ["experiment=flow_released", *folders], flow_train_problems)
     assert released.flow == FlowConfig.released()
-
-
-def test_codes_begin_with_the_mean_mel_of_their_frames():
-    """Of two groups of ten frames each: a linguistic code's half of a group, a semantic code's third."""
-    tokens = torch.tensor([0, 1, 1024, 1025, 1026, 0, 2, 1024, 1024, 1027])
-    mel = torch.arange(20.0)[:, None].repeat(1, 80)
-    clip = PairedClip(tokens, mel, torch.zeros(192))
-    found = mean_mels([clip], FlowConfig())
-    frames_of = {
-        0: [0, 1, 2, 3, 4, 10, 11, 12, 13, 14],
-        1: [5, 6, 7, 8, 9],
-        2: [15, 16, 17, 18, 19],
-        1024: [0, 1, 2, 10, 11, 12, 13, 14, 15, 16],
-        1025: [3, 4, 5, 6],
-        1026: [7, 8, 9],
-        1027: [17, 18, 19],
-    }
-    expected = {code: sum(frames) / len(frames) for code, frames in frames_of.items()}
-    means = torch.tensor(list(expected.values()))
-    wanted = (means - means.mean()) / means.std(correction=0)
-    torch.testing.assert_close(found[list(expected), 0], wanted, atol=1e-5, rtol=1e-5)
-    assert not found[[3, 1023, 1028]].any()
-    embedding = torch.nn.Embedding(5120, 96)
-    begin_with_mels(embedding, found)
-    torch.testing.assert_close(embedding.weight[2, :80], found[2], atol=0.3, rtol=0)

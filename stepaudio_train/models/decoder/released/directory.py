@@ -83,13 +83,9 @@ def writing_released_decoder(
         directory: must not be there yet.
 
     Raises:
-        UserError: the directory exists, or the flow begins with the encoder's mel.
+        UserError: the directory exists.
         ConfigError: sizes that the released programs cannot have.
     """
-    if flow.config.start:
-        raise UserError(
-            f"flow.start={flow.config.start}: the released programs begin with noise alone; train with flow.start=0"
-        )
     if directory.exists():
         raise UserError(f"{directory}: exists already; type another folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
