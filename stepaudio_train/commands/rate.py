@@ -91,6 +91,8 @@ class RatingServer(ThreadingHTTPServer):
     """Serves a sheet to this machine alone."""
 
     daemon_threads = True
+    # The library's 5 lets the system reset connections where several come at once on a busy machine.
+    request_queue_size = 128
 
     def __init__(self, sheet: RatingSheet, port: int) -> None:
         """Raises:
