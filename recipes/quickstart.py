@@ -1,10 +1,10 @@
-"""Recordings in, a speech-text model, pretrained and fine-tuned, and a report out, on two processes of one machine.
+"""Recordings in, a speech-text model, pretrained, fine-tuned and heard, and a report out, on two processes.
 
     make quickstart                                                     # an espeak-ng corpus
     make quickstart CORPUS=folder RUN=name                              # recordings of yours
     stepaudio run quickstart corpus=folder run_dir=runs/name heldout_speaker=theo
 
-About a quarter of an hour on two cores. Every part is a command that can be typed by itself (parts/*.json in the run
+About twenty minutes on two cores. Every part is a command that can be typed by itself (parts/*.json in the run
 directory hold them), and what stopped half-way goes on from there. Writes report.html and summary.json. Fine-tuning
 takes conversations whose instruction tags are true, which are made together with the espeak-ng corpus.
 """
@@ -26,7 +26,7 @@ from stepaudio_train.config.quickstart import QuickstartConfig, quickstart_probl
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.data.files import write_atomically
-from stepaudio_train.data.records import Record, record_to_json, text_record
+from stepaudio_train.data.records import Record
 from stepaudio_train.data.sources import find_recordings
 from stepaudio_train.data.token_shards import STATS_FILE, TokenStats
 from stepaudio_train.evaluation.report import QuickstartResults, write_quickstart_report
@@ -39,18 +39,21 @@ NUM_PROCESSES = 2
 ROW_TOKENS = (256, 512, 1024, 2048)
 """Row lengths to choose from. What is longer than a row is not trained on."""
 TOKENS_PER_STEP = 2048
-RESERVE_S = 120.0
-"""Kept for evaluation and report when the length of stage 3 is decided on."""
+RESERVE_S = 150.0
+"""Kept for evaluation and report when it is decided how long the rest may learn."""
+LEAST_SHARE = 0.25
+"""Of the steps that are asked for, on the slowest machine."""
 SFT_TOKENS = 840_000
 """Of the conversations at scale 1, rows filled up and recordings' encoding counted in."""
-SPOKEN_TEXTS = 4
+DECODER_STEP_TOKENS = {"flow_encoder_steps": 1100, "flow_steps": 3600, "vocoder_steps": 1300}
+"""What stage 3 learns in the time of such a step."""
 MOST_JOINED = 4
 
 
 def main(config: QuickstartConfig) -> None:
     run = Path(config.run_dir)
     with exclusive(run):
-        parts = Parts(run, total=15 if config.corpus is None else 10)
+        parts = Parts(run, total=17 if config.corpus is None else 12)
         try:
             _run_all(config, run, parts)
         except UserError as error:
@@ -66,10 +69,9 @@ def _run_all(config: QuickstartConfig, run: Path, parts: Parts) -> None:
     folders = {"model_dir": "stage3/export", "tokens": "tokens", "output": "evaluation"}
     settings = [f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()]
     parts.run("evaluate", [*stepaudio, "run", "evaluate", *settings])
-    files = ["--records", str(_texts_to_speak(run)), "--output", f"{run}/samples/spoken.jsonl"]
-    parts.run("generate", [*stepaudio, "generate", f"{run}/stage3", "--task", "tts", "--temperature", "0.7", *files])
     if config.corpus is None:
         _fine_tuning(config, run, parts, stepaudio)
+    _sound(config, run, parts, stepaudio)
     results = QuickstartResults.read(run, parts.seconds)
     write_atomically(run / "summary.json", json.dumps(results.summary(), indent=1).encode())
     report = write_quickstart_report(results)
@@ -136,7 +138,7 @@ def _stages(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[s
     steps = {"stage1": config.stage1_steps, "stage2": config.stage2_steps}
     for stage in STAGES:
         if stage == "stage3":
-            steps[stage] = _stage3_steps(config, run, parts)
+            steps[stage] = round(_share(config, run, parts) * config.stage3_steps)
         experiment = f"experiment=quickstart_{stage}"
         config_of_stage = to_mapping(load_config("pretrain", PretrainConfig, [experiment]))
         settings = [
@@ -160,7 +162,7 @@ def _fine_tuning(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: l
         experiment,
         *_moved(to_mapping(load_config("sft", SftConfig, [experiment])), run),
         f"training.seed={config.seed}",
-        f"data.epochs={config.sft_epochs:g}",
+        f"data.epochs={_share(config, run, parts) * config.sft_epochs:g}",
     ]
     parts.run("sft", [*stepaudio, "run", "sft", *settings, "--nproc", str(NUM_PROCESSES)])
     held_out, answers = f"{run}/instructions/test.jsonl", f"{run}/answers"
@@ -170,6 +172,25 @@ def _fine_tuning(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: l
     compared = [f"--{name}={answers}/{name}.jsonl" for name in ("reference", "truth")]
     spoken = [f"{answers}/answers.jsonl", "--output", f"{run}/control"]
     parts.run("control", [*stepaudio, "evaluate", "control", *spoken, *compared])
+
+
+def _sound(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str]) -> None:
+    """The speech decoder, and what it makes of recordings' tokens and of a model's answers (paper 3.3)."""
+    share = _share(config, run, parts)
+    data = [f"corpus={quoted(f'{run}/prepared')}"]
+    seed, tokens = f"seed={config.seed}", f"tokens={quoted(f'{run}/tokens')}"
+    encoder_steps = round(share * config.flow_encoder_steps)
+    flow = [*data, tokens, f"run_dir={quoted(f'{run}/flow')}", seed, f"training.encoder_steps={encoder_steps}"]
+    flow.append(f"training.max_steps={encoder_steps + round(share * config.flow_steps)}")
+    parts.run("flow", [*stepaudio, "run", "flow", *flow, "--nproc", str(NUM_PROCESSES)])
+    vocoder = [*data, f"run_dir={quoted(f'{run}/vocoder')}", seed]
+    vocoder.append(f"training.max_steps={round(share * config.vocoder_steps)}")
+    parts.run("vocoder", [*stepaudio, "run", "vocoder", *vocoder, "--nproc", str(NUM_PROCESSES)])
+    folders = {"decoder": "flow", "vocoder": "vocoder", "output": "samples"}
+    folders |= {"answers": "answers"} if config.corpus is None else {"model_dir": "stage3/export"}
+    heard = [*data, tokens, *(f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()), seed]
+    # It hears nine seconds of each clip, which takes most of the time of judging.
+    parts.run("speech", [*stepaudio, "run", "evaluate_decoder", *heard, "judges.quality=none"])
 
 
 def _moved(mapping: dict[str, Any], run: Path, prefix: str = "") -> list[str]:
@@ -183,26 +204,27 @@ def _moved(mapping: dict[str, Any], run: Path, prefix: str = "") -> list[str]:
     return overrides
 
 
-def _stage3_steps(config: QuickstartConfig, run: Path, parts: Parts) -> int:
-    """As many as asked for, or as the minutes that are left allow; once decided, it stays so."""
-    decided = run / "stage3_steps.json"
+def _share(config: QuickstartConfig, run: Path, parts: Parts) -> float:
+    """How much of the steps that are asked for, from stage 3 on, the minutes that are left allow. It is decided once."""
+    decided = run / "share.json"
     if decided.is_file():
-        return int(json.loads(decided.read_text(encoding="utf-8")))
+        return float(json.loads(decided.read_text(encoding="utf-8")))
     # Half of the batch on each process is the fastest layout: 1.85 times stage 1's pipeline where it was measured.
     speeds = [line["tokens_per_s"] * 1.6 for line in read_metrics(run / "stage1" / "metrics.jsonl")]
     tokens_per_s = sorted(speeds)[len(speeds) // 2]
-    left_s = config.minutes * 60 - sum(parts.seconds.values()) - RESERVE_S
+    tokens = config.stage3_steps * TOKENS_PER_STEP
+    tokens += sum(getattr(config, key) * number for key, number in DECODER_STEP_TOKENS.items())
     if config.corpus is None:
-        left_s -= config.sft_epochs * config.instruction_scale * SFT_TOKENS / tokens_per_s
-    affordable = int(left_s * tokens_per_s / TOKENS_PER_STEP)
-    steps = min(config.stage3_steps, max(affordable, config.stage3_steps // 4))
-    if steps < config.stage3_steps:
+        tokens += round(config.sft_epochs * config.instruction_scale * SFT_TOKENS)
+    left_s = config.minutes * 60 - sum(parts.seconds.values()) - RESERVE_S
+    share = round(min(1.0, max(left_s * tokens_per_s / tokens, LEAST_SHARE)), 2)
+    if share < 1:
         sys.stdout.write(
-            f"        this machine is slow: stage 3 gets {steps} steps instead of {config.stage3_steps}, to end within "
-            f"{config.minutes:g} minutes; type minutes={2 * config.minutes:g} for a better model\n"
+            f"        this machine is slow: from stage 3 on all learn {share:.0%} of the steps, to end within "
+            f"{config.minutes:g} minutes; type minutes={2 * config.minutes:g} for better models\n"
         )
-    write_atomically(decided, json.dumps(steps).encode())
-    return steps
+    write_atomically(decided, json.dumps(share).encode())
+    return share
 
 
 def _join_max(config: QuickstartConfig, records: list[Record]) -> int:
@@ -233,16 +255,6 @@ def _row_tokens(stats: TokenStats) -> int:
     task = stats.tasks["asr"]
     needed = min(task.max_tokens, 4 * task.num_tokens / max(1, task.num_samples))
     return next((length for length in ROW_TOKENS if length >= needed), ROW_TOKENS[-1])
-
-
-def _texts_to_speak(run: Path) -> Path:
-    """Write some different texts of held-out recordings as records, each with its text for a name."""
-    lines = (run / "evaluation" / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = list(dict.fromkeys(json.loads(line)["reference"] for line in lines))[:SPOKEN_TEXTS]
-    records = (json.dumps(record_to_json(text_record(text, text)), ensure_ascii=False) for text in texts)
-    path = run / "samples" / "texts.jsonl"
-    write_atomically(path, "".join(f"{record}\n" for record in records).encode())
-    return path
 
 
 if __name__ == "__main__":

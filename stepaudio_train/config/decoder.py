@@ -13,7 +13,7 @@ NORM_GROUPS = 8
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """From tokens to a mel spectrum. The defaults are 1.7 million weights, half a million of them the embedding."""
+    """From tokens to a mel spectrum. The defaults are 3.4 million weights, half a million of them the embedding."""
 
     __pydantic_config__ = _STRICT
 
@@ -26,12 +26,12 @@ class FlowConfig:
     num_blocks: int = 2
     dropout: float = 0.1
     """In the encoder. The decoder has none, as released."""
-    decoder_channels: int = 64
+    decoder_channels: int = 128
     decoder_heads: int = 2
     decoder_head_size: int = 32
     decoder_transformers: int = 1
     """Transformer blocks behind each ResNet block."""
-    decoder_mid_blocks: int = 2
+    decoder_mid_blocks: int = 1
     """ResNet blocks at half the frame rate, between the two on the way down and the two on the way up."""
     speaker_size: int = 192
     num_mel_bins: int = 80
@@ -40,6 +40,9 @@ class FlowConfig:
     """From one mel frame to the next."""
     token_rate_hz: float = 41.667
     """Tokens of both kinds a second. The released file rounds 16.667 + 25 so, and frames are counted from it."""
+    start_time: float = 0.5
+    """Where a mel begins between noise (0, as released) and mel (1): at so much of the encoder's own mel, the rest
+    noise (shallow diffusion, arXiv 2105.02446). The network learns the times behind it alone, which takes minutes."""
 
     @classmethod
     def released(cls) -> FlowConfig:
@@ -55,6 +58,7 @@ class FlowConfig:
             decoder_head_size=64,
             decoder_transformers=4,
             decoder_mid_blocks=12,
+            start_time=0.0,
         )
 
     def num_frames(self, num_tokens: int) -> int:
@@ -92,7 +96,7 @@ class FlowStreamConfig:
 
 def flow_problems(config: FlowConfig) -> list[str]:
     """What is wrong with the sizes of a flow, a line each."""
-    counts = {key: value for key, value in asdict(config).items() if key != "dropout"}
+    counts = {key: value for key, value in asdict(config).items() if key not in ("dropout", "start_time")}
     problems = [f"{key}={value}: must be over 0" for key, value in counts.items() if value <= 0]
     if problems:
         return problems
@@ -109,6 +113,8 @@ def flow_problems(config: FlowConfig) -> list[str]:
         )
     if not 0 <= config.dropout < 1:
         problems.append(f"dropout={config.dropout}: must be 0 or more and under 1")
+    if not 0 <= config.start_time < 1:
+        problems.append(f"start_time={config.start_time}: must be 0 (noise) or more and under 1; type start_time=0.5")
     if config.num_frames(1) < 1:
         problems.append(
             f"token_rate_hz={config.token_rate_hz}: a token must last a mel frame at least; type a lower rate, or "

@@ -29,9 +29,10 @@ class DecoderEvaluationConfig:
     vocoder: str | None = None
     """Run directory of `stepaudio run vocoder`; None: `decoder` holds it."""
     model_dir: str | None = None
-    """`export/` folder of a language model that speaks the same texts; None: recordings are resynthesised alone."""
+    """`export/` folder of a pretrained model that speaks the same texts; None: none does."""
     answers: str | None = None
-    """answers.jsonl of `stepaudio evaluate answers`: one spoken answer of each instruction tag can then be heard."""
+    """Output folder of `stepaudio evaluate answers`: what a fine-tuned model said in the place of these recordings, and
+    one answer to each instruction tag. Recordings that it was not asked for are left out."""
     output: str = ""
     """Folder for speech.json and the sound files. Required."""
     num_recordings: int = 60
@@ -58,8 +59,13 @@ def decoder_evaluation_problems(config: DecoderEvaluationConfig) -> list[str]:
     ]
     if not config.output:
         problems.append("output: required; type output=FOLDER")
-    if config.answers is not None and not Path(config.answers).is_file():
-        problems.append(f"answers={config.answers}: no such file; type answers=FILE.jsonl")
+    if config.answers is not None and not (Path(config.answers) / "answers.jsonl").is_file():
+        problems.append(
+            f"answers={config.answers}: holds no answers.jsonl; type answers=FOLDER, which "
+            "`stepaudio evaluate answers` wrote"
+        )
+    if config.answers is not None and config.model_dir is not None:
+        problems.append("model_dir, answers: both say what was spoken; type one of them")
     counts = {"num_recordings": config.num_recordings, "max_new_tokens": config.max_new_tokens}
     problems += [f"{key}={value}: must be at least 1" for key, value in counts.items() if value < 1]
     if config.temperature < 0:

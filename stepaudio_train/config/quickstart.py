@@ -10,7 +10,7 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Recordings in, a pretrained and fine-tuned model and a report out, on two processes."""
+    """Recordings in, a pretrained and fine-tuned model that is heard and a report out, on two processes."""
 
     __pydantic_config__ = _STRICT
 
@@ -38,8 +38,14 @@ class QuickstartConfig:
     """The third stage is where the model learns to recognise and to speak."""
     sft_epochs: float = 5.0
     """How often fine-tuning goes through the conversations."""
+    flow_encoder_steps: int = 800
+    """Of the speech decoder's flow, before its network learns."""
+    flow_steps: int = 350
+    """Of the flow's network."""
+    vocoder_steps: int = 1000
     minutes: float = 25.0
-    """What all parts together may take. If the machine is too slow for that, stage 3 gets fewer steps."""
+    """What all parts together may take. If the machine is too slow for that, stage 3 and what comes behind it get fewer
+    steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there are two devices, one for each process."""
     seed: int = 0
@@ -47,7 +53,8 @@ class QuickstartConfig:
 
 def quickstart_problems(config: QuickstartConfig) -> list[str]:
     """What is wrong with a configuration, a line each."""
-    steps = ("tokenizer_steps", "stage1_steps", "stage2_steps", "stage3_steps")
+    stages = ("tokenizer_steps", "stage1_steps", "stage2_steps", "stage3_steps")
+    steps = (*stages, "flow_encoder_steps", "flow_steps", "vocoder_steps")
     positive = ("corpus_minutes", "joined_s", "minutes", *steps)
     problems = [f"{key}={getattr(config, key)}: must be over 0" for key in positive if getattr(config, key) <= 0]
     if config.join_max is not None and config.join_max < 1:

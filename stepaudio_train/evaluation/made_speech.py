@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,33 @@ def decode_all(
     silence = torch.zeros(round(_SILENCE_S * decoder.sample_rate_hz))
     found = dict(zip(spoken, decoder.decode([codes[i] for i in spoken], [voices[i] for i in spoken]), strict=True))
     return [found.get(i, silence) for i in range(len(codes))], len(codes) - len(spoken)
+
+
+def spoken_answers(folder: Path, recordings: Sequence[HeldOutSpeech]) -> dict[str, SpeechTokens]:
+    """What a model said where it was asked to speak, by the id of the recording that was expected; of what `stepaudio
+    evaluate answers` wrote.
+
+    Args:
+        recordings: their ids end the recordings' paths, but for the file's kind, as `stepaudio prepare` names them.
+
+    Raises:
+        OSError, ValueError: answers.jsonl or truth.jsonl is missing or damaged.
+    """
+    expected = {line["id"]: Path(line["audio"]) for line in _lines(folder / "truth.jsonl") if "audio" in line}
+    spoken = {
+        expected[line["id"]].with_suffix("").as_posix(): SpeechTokens.from_text(line["audio_tokens"])
+        for line in _lines(folder / "answers.jsonl")
+        if line["task"] == "tts" and line["id"] in expected and line.get("audio_tokens")
+    }
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for path in spoken:
+        by_stem[Path(path).name].append(path)
+    found = {}
+    for recording in recordings:
+        paths = [p for p in by_stem[Path(recording.id).name] if f"/{p}".endswith(f"/{recording.id}")]
+        if len(paths) == 1:
+            found[recording.id] = spoken[paths[0]]
+    return found
 
 
 def tagged_answers(folder: Path) -> list[TaggedAnswer]:

@@ -12,6 +12,7 @@ from typing import Any
 from stepaudio_train.config.compose import read_config
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.evaluation.control_report import control_section
+from stepaudio_train.evaluation.sound_report import sound_section
 from stepaudio_train.training.page import (
     bar_chart,
     charts,
@@ -94,7 +95,8 @@ class QuickstartResults:
     evaluation: dict[str, Any]
     transcripts: list[dict[str, str]]
     continuations: list[dict[str, Any]]
-    spoken: list[dict[str, Any]]
+    speech: dict[str, Any]
+    """speech.json: how well the speech decoder's sound is understood, and where it lies under samples/."""
     prepared: dict[str, Any]
     tokenizer: dict[str, Any]
     """The tokenizer recipe's own summary."""
@@ -118,7 +120,7 @@ class QuickstartResults:
             evaluation=_read(run / "evaluation" / "evaluation.json"),
             transcripts=_read_lines(run / "evaluation" / "transcripts.jsonl"),
             continuations=_read_lines(run / "evaluation" / "continuations.jsonl"),
-            spoken=_read_lines(run / "samples" / "spoken.jsonl"),
+            speech=_read(run / "samples" / "speech.json"),
             prepared=_read(run / "prepared" / "report.json"),
             tokenizer=_read(tokenizer) if tokenizer.is_file() else {},
             fine_tuning=FineTuningResults.read(run) if (run / "sft").is_dir() else None,
@@ -140,6 +142,7 @@ class QuickstartResults:
             **{f"nll_{name}": round(nats, 4) for name, nats in likelihood["model"].items()},
             **{f"unigram_nll_{name}": round(nats, 4) for name, nats in likelihood["unigram"].items()},
             **(self.fine_tuning.summary() if self.fine_tuning else {}),
+            **self.speech["summary"],
             "tokens": int(self.metrics[STAGES[-1]][-1]["all_tokens"]),
             "tokens_per_stage": {stage: int(lines[-1]["tokens"]) for stage, lines in self.metrics.items()},
             "tokens_per_s": {stage: round(_median(lines, "tokens_per_s")) for stage, lines in self.metrics.items()},
@@ -162,6 +165,11 @@ class QuickstartResults:
             )
             if found["speed_control_spearman"] is not None:
                 line += f", speed as asked {found['speed_control_spearman']:.2f}"
+        if found["tts_wer"] is not None:
+            line += (
+                f"; heard: WER {found['tts_wer']:.0f}% of speech made of text, {found['resynthesis_wer']:.0f}% of "
+                f"recordings' tokens as sound, {found['reference_wer']:.0f}% of the recordings"
+            )
         return f"{line}; {found['tokens']:,} tokens, {found['minutes']:.1f} minutes"
 
 
@@ -172,8 +180,8 @@ def write_quickstart_report(results: QuickstartResults) -> Path:
         _likelihoods(results),
         _curves(results),
         _continuations(results),
-        _spoken(results),
         *([] if results.fine_tuning is None else _fine_tuning(results.fine_tuning)),
+        sound_section(results.run / "samples", results.speech),
         _data(results),
         _time(results),
         _what_ran(results),
@@ -278,12 +286,6 @@ def _continuations(results: QuickstartResults) -> str:
         note=f"The model heard the first {seconds:g} s of a held-out recording and went on in audio tokens. Here the "
         "model itself says what it hears in its own speech.",
     )
-
-
-def _spoken(results: QuickstartResults) -> str:
-    rows = [(line["id"], line["duration_s"], line["audio_tokens"][:120]) for line in results.spoken]
-    head = ("text", "audio, s", "tokens (beginning)")
-    return section("Text to speech tokens", table(head, rows)) if rows else ""
 
 
 def _fine_tuning(found: FineTuningResults) -> list[str]:

@@ -15,7 +15,7 @@ _TITLES = {
     "reference": "the recording itself",
     "resynthesis": "its tokens as sound",
     "resynthesis_shuffled_tokens": "control: its tokens, shuffled",
-    "synthesis": "its text, spoken by the pretrained model",
+    "synthesis": "its text, spoken by the language model",
     "synthesis_shuffled_tokens": "control: the same, tokens shuffled",
 }
 _SUMMARISED = {

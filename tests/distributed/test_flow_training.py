@@ -31,6 +31,7 @@ CONFIG = FlowTrainConfig(
         decoder_mid_blocks=1,
         dropout=0.0,
     ),
+    training=FlowTrainingConfig(max_steps=4, encoder_steps=2),
     logging=LoggingConfig(tensorboard=False, wandb="disabled", progress_bar=False),
     device="cpu",
 )
@@ -63,11 +64,20 @@ def learned(num_steps: int) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def test_two_processes_learn_what_one_learns():
-    ((losses, weights),) = run_distributed(learned, 1, 2, preload=PRELOAD)
-    for other_losses, other_weights in run_distributed(learned, 2, 2, preload=PRELOAD):
+    ((losses, weights),) = run_distributed(learned, 1, 4, preload=PRELOAD)
+    for other_losses, other_weights in run_distributed(learned, 2, 4, preload=PRELOAD):
         torch.testing.assert_close(torch.tensor(other_losses), torch.tensor(losses), atol=1e-5, rtol=1e-5)
         for name, tensor in weights.items():
             torch.testing.assert_close(other_weights[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_learns_before_the_network():
+    ((_, before),) = run_distributed(learned, 1, 1, preload=PRELOAD)
+    ((_, after),) = run_distributed(learned, 1, 2, preload=PRELOAD)
+    ((_, later),) = run_distributed(learned, 1, 3, preload=PRELOAD)
+    network, encoder = "decoder.estimator.mid_blocks.0.0.block1.block.0.weight", "encoder_proj.weight"
+    assert torch.equal(before[network], after[network]) and not torch.equal(after[network], later[network])
+    assert not torch.equal(before[encoder], after[encoder])
 
 
 def test_a_run_of_two_processes_ends_with_one_result(tmp_path):
@@ -77,7 +87,7 @@ def test_a_run_of_two_processes_ends_with_one_result(tmp_path):
         run_dir=str(tmp_path / "run"),
         corpus=str(corpus.prepared),
         tokens=str(corpus.tokens),
-        training=FlowTrainingConfig(max_steps=3, log_every=1, eval_every=3, batch_frames=300),
+        training=FlowTrainingConfig(max_steps=3, encoder_steps=1, log_every=1, eval_every=3, batch_frames=300),
     )
     run_distributed(main, 2, config, preload=PRELOAD)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

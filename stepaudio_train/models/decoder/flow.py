@@ -110,15 +110,25 @@ class FlowMatching(nn.Module):
                 f"{self.config.vocab_size - 1}; give audio ids alone, less the size of the text vocabulary"
             )
 
-    def condition(self, inputs: FlowInputs) -> tuple[Tensor, Tensor | None]:
-        """What the network is told: the condition, and the mask of the frames as in `VelocityUNet.forward`."""
+    def encoded_mel(self, inputs: FlowInputs) -> tuple[Tensor, Tensor | None]:
+        """The encoder's mel [B, M, F], and the mask of the frames as in `VelocityUNet.forward`."""
         token_mask = mask_of(inputs.num_tokens.sum(1), inputs.tokens.shape[1])
         encoded = self.encoder_proj(self.encoder(self.input_embedding(inputs.tokens), token_mask))
-        size = inputs.given_mel.shape[1]
-        mel, mask = self.length_regulator(encoded, inputs.num_tokens, inputs.num_frames, size)
+        return self.length_regulator(encoded, inputs.num_tokens, inputs.num_frames, inputs.given_mel.shape[1])
+
+    def condition(self, inputs: FlowInputs) -> tuple[Tensor, Tensor | None]:
+        """What the network is told, and the mask of the frames."""
+        mel, mask = self.encoded_mel(inputs)
+        size = mel.shape[2]
         speaker = self.spk_embed_affine_layer(F.normalize(inputs.speaker, dim=1))
         given = inputs.given_mel.transpose(1, 2)
         return torch.cat([mel, speaker[:, :, None].expand(-1, -1, size), given], dim=1), mask
+
+    @torch.no_grad()
+    def start_at(self, mel: Tensor) -> None:
+        """Let untrained weights say the mel [M], in every frame, by the biases of both outputs."""
+        self.length_regulator.model[-1].bias.copy_(mel)
+        self.decoder["estimator"].final_proj.bias.copy_(mel)
 
     def velocity(self, x: Tensor, condition: Tensor, time: Tensor, mask: Tensor | None) -> Tensor:
         """As `VelocityUNet.forward`."""
@@ -126,9 +136,13 @@ class FlowMatching(nn.Module):
 
     @torch.inference_mode()
     def solve(self, inputs: FlowInputs, noise: Tensor, solver: FlowSolverConfig) -> Tensor:
-        """Mel [B, F, M], prompt included, moved from noise [B, F, M] by Euler steps of the cosine schedule."""
+        """Mel [B, F, M], prompt included, moved from noise [B, F, M], or from noise and the encoder's mel
+        (`FlowConfig.start_time`), by Euler steps of the cosine schedule."""
         condition, mask = self.condition(inputs)
-        x, times = noise.transpose(1, 2), cosine_times(torch.linspace(0, 1, solver.num_steps + 1)).tolist()
+        start, x = self.config.start_time, noise.transpose(1, 2)
+        if start > 0:
+            x = torch.lerp(x, condition[:, : self.config.num_mel_bins], start)
+        times = (start + (1 - start) * cosine_times(torch.linspace(0, 1, solver.num_steps + 1))).tolist()
         for time, following in pairwise(times):
             x = x + (following - time) * self._guided_velocity(x, condition, time, mask, solver.guidance)
         return x.transpose(1, 2)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from stepaudio_train.audio.features import length_mask, pad_clips
-from stepaudio_train.models.decoder.flow import FlowInputs, FlowMatching, cosine_times, next_noise
+from stepaudio_train.audio.features import length_mask
+from stepaudio_train.models.decoder.flow import FlowInputs, FlowMatching, cosine_times
 
 SIGMA_MIN = 1e-6
 """Standard deviation that is left of the noise where the path ends."""
@@ -48,7 +47,7 @@ class FlowDraws:
     time: Tensor
     """[B] float32 within 0..1."""
     noise: Tensor
-    """[B, F, M] float32, 0 behind the end."""
+    """[B, F, M] float32; anything behind the end."""
     num_prompt_frames: Tensor
     """[B] int64: first frames that are given, as a prompt's are."""
     told: Tensor
@@ -61,8 +60,7 @@ class FlowDraws:
         time, has_prompt, share, told = torch.rand(4, len(frames), generator=generator)
         longest = (LONGEST_PROMPT_SHARE * frames).long()
         prompt = (share * (longest + 1)).long() * (has_prompt < PROMPT_PROBABILITY)
-        noise, _ = pad_clips([next_noise(count, batch.mel.shape[2], generator) for count in frames.tolist()])
-        noise = F.pad(noise, (0, 0, 0, batch.mel.shape[1] - noise.shape[1]))
+        noise = torch.randn(batch.mel.shape, generator=generator)
         draws = (cosine_times(time), noise, prompt, told >= CONDITION_DROPOUT)
         return cls(*(values.to(device) for values in draws))
 
@@ -70,25 +68,46 @@ class FlowDraws:
 class FlowLoss(NamedTuple):
     """Sums over a batch. The step's loss is the sum over all batches and processes, divided once."""
 
-    loss_sum: Tensor
-    """Scalar float32, differentiable: squared error of the velocity, mean over mel bins, sum over frames."""
+    velocity_sum: Tensor
+    """Scalar float32, differentiable: squared error of the velocity, mean over mel bins, sum over frames; 0 where the
+    encoder learns alone."""
+    encoder_sum: Tensor
+    """The same of the encoder's mel."""
     num_frames: Tensor
-    """Scalar int64: what it is divided by."""
+    """Scalar int64: what they are divided by."""
 
 
 def flow_loss(model: FlowMatching, batch: FlowBatch, draws: FlowDraws) -> FlowLoss:
     """Optimal-transport conditional flow matching (Lipman et al. 2023, equations 22 and 23).
 
-    The noisy mel at time t is (1 - (1 - sigma) t) noise + t mel, its velocity mel - (1 - sigma) noise. Given frames
-    count like all others. Padding changes nothing.
+    The noisy mel at time t is (1 - (1 - sigma) t) noise + t mel, its velocity mel - (1 - sigma) noise; no time is
+    before `FlowConfig.start_time`. Given frames count like all others. Padding changes nothing.
     """
     inside = length_mask(batch.num_frames, batch.mel.shape[1])[:, :, None]
     mel = batch.mel.masked_fill(~inside, 0.0)
     given = mel * length_mask(draws.num_prompt_frames, mel.shape[1])[:, :, None]
     inputs = FlowInputs(batch.tokens, batch.num_tokens[:, None], batch.num_frames[:, None], batch.speaker, given)
     condition, mask = model.condition(inputs)
-    time = draws.time[:, None, None]
+    start = model.config.start_time
+    times = start + (1 - start) * draws.time
+    time = times[:, None, None]
     noisy = (1 - (1 - SIGMA_MIN) * time) * draws.noise + time * mel
-    velocity = model.velocity(noisy.transpose(1, 2), condition * draws.told[:, None, None], draws.time, mask)
+    velocity = model.velocity(noisy.transpose(1, 2), condition * draws.told[:, None, None], times, mask)
     error = velocity.transpose(1, 2) - (mel - (1 - SIGMA_MIN) * draws.noise)
-    return FlowLoss((error.square() * inside).mean(dim=2).sum(), batch.num_frames.sum())
+    encoded = condition[:, : mel.shape[2]].transpose(1, 2)
+    return FlowLoss(_squares(error, inside), _squares(encoded - mel, inside), batch.num_frames.sum())
+
+
+def encoder_loss(model: FlowMatching, batch: FlowBatch) -> FlowLoss:
+    """The loss of the encoder's mel alone, at a small part of the work: what the network is told can be learned before
+    the network (Grad-TTS, arXiv 2105.06337, has it as its encoder loss)."""
+    inside = length_mask(batch.num_frames, batch.mel.shape[1])[:, :, None]
+    mel = batch.mel.masked_fill(~inside, 0.0)
+    inputs = FlowInputs(batch.tokens, batch.num_tokens[:, None], batch.num_frames[:, None], batch.speaker, mel)
+    encoded = model.encoded_mel(inputs)[0].transpose(1, 2)
+    return FlowLoss(encoded.new_zeros(()), _squares(encoded - mel, inside), batch.num_frames.sum())
+
+
+def _squares(error: Tensor, inside: Tensor) -> Tensor:
+    """Mean over mel bins of [B, F, M] squares, summed over the frames of [B, F, 1] that are inside."""
+    return (error.square() * inside).mean(dim=2).sum()

@@ -18,7 +18,13 @@ from stepaudio_train.testing.small_tokenizers import small_speech_tokenizer
 from stepaudio_train.tokenizers.released.onnx_reading import read_semantic_onnx
 
 FLOW = FlowConfig(
-    hidden_size=32, ffn_size=32, num_blocks=1, decoder_channels=32, decoder_head_size=16, decoder_mid_blocks=1
+    hidden_size=32,
+    ffn_size=32,
+    num_blocks=1,
+    decoder_channels=32,
+    decoder_head_size=16,
+    decoder_mid_blocks=1,
+    start_time=0.0,
 )
 
 

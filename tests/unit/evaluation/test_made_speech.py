@@ -19,7 +19,14 @@ from stepaudio_train.config.decoder_evaluation import DecoderEvaluationConfig, d
 from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.config.judges import JudgeOptions
 from stepaudio_train.config.vocoder import VocoderConfig
-from stepaudio_train.evaluation.made_speech import decode_all, held_out_speech, shuffled, tagged_answers
+from stepaudio_train.evaluation.made_speech import (
+    HeldOutSpeech,
+    decode_all,
+    held_out_speech,
+    shuffled,
+    spoken_answers,
+    tagged_answers,
+)
 from stepaudio_train.evaluation.sound_report import speech_summary
 from stepaudio_train.models.decoder.flow import FlowMatching
 from stepaudio_train.models.decoder.flow_files import NoSpeaker, save_flow
@@ -72,6 +79,21 @@ def test_clips_without_tokens_are_silent_and_counted():
     voice = decoder.prompt(speech_like(16000))
     (spoken, silent), count = decode_all(decoder, [codes(4), codes(0)], [voice, voice])
     assert count == 1 and not silent.any() and spoken.any()
+
+
+def test_answers_are_found_by_the_recordings_that_were_expected(tmp_path):
+    truth = [
+        {"id": f"q{n}", "audio": f"/data/{place}.wav"} for n, place in enumerate(("a/wav/7", "b/wav/7", "a/wav/8"))
+    ]
+    tokens = "<audio_1><audio_2><audio_1024><audio_1025><audio_1026>"
+    lines = [{"id": f"q{n}", "task": "tts", "audio_tokens": tokens if n < 2 else ""} for n in range(3)]
+    for name, rows in {"truth": truth, "answers": lines}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    silence = torch.zeros(1)
+    ids = ("b/wav/7", "a/wav/8", "a/wav/9", "wav/7")
+    found = spoken_answers(tmp_path, [HeldOutSpeech(id, "", silence, codes(1)) for id in ids])
+    # The last id fits two recordings: neither is taken.
+    assert list(found) == ["b/wav/7"]
 
 
 def test_one_answer_of_each_tag_with_the_recording_of_what_was_asked(tmp_path):

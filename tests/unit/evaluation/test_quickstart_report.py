@@ -4,11 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from stepaudio_train.config.compose import save_config
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.evaluation.report import STAGES, QuickstartResults, write_quickstart_report
+from stepaudio_train.evaluation.sound_report import speech_summary
 
 
 def write(path: Path, *rows: dict) -> None:
@@ -39,7 +42,15 @@ def run(tmp_path: Path) -> Path:
     heard = {"prompt_heard": "go", "heard": "go stop", "prompt_s": 0.6, "continuation_s": 0.24}
     codes = {"linguistic": [1, 2, 3, 4], "semantic": [1, 2, 3, 4, 5, 6]}
     write(tmp_path / "evaluation" / "continuations.jsonl", {"id": "a", "reference": "go"} | heard | codes)
-    write(tmp_path / "samples" / "spoken.jsonl", {"id": "text 1", "audio_tokens": "<audio_1>", "duration_s": 0.12})
+    kinds = ("reference", "resynthesis", "synthesis", "resynthesis_shuffled_tokens", "synthesis_shuffled_tokens")
+    heard = {kind: {"wer": 20.0 + 5 * n, "num_words": 9} for n, kind in enumerate(kinds)}
+    for kind, scores in heard.items():
+        scores["utterances"] = [{"id": "a", "text": "go <left>", "heard": f"go {kind}"}]
+        (tmp_path / "samples" / kind).mkdir(parents=True)
+        soundfile.write(tmp_path / "samples" / kind / "a.wav", np.zeros(400), 8000)
+    sounds = {kind: {"a": f"{kind}/a.wav"} for kind in kinds}
+    speech = {"kinds": heard, "sounds": sounds, "tagged": [], "recogniser": "pocketsphinx"}
+    write(tmp_path / "samples" / "speech.json", speech | {"summary": speech_summary(speech)})
     prepared = {"samples": {"train": 5}, "hours": {"train": 0.5}, "speakers": {"train": ["theo"]}, "refused": []}
     write(tmp_path / "prepared" / "report.json", prepared)
     return tmp_path
@@ -55,6 +66,8 @@ def test_summary_holds_what_is_promised(run):
     assert summary["asr_wer_by_language"] == {"en": 2.0, "zh": 3.0}
     assert [summary[f"nll_{m}"] for m in ("text", "linguistic", "semantic")] == [0.5, 1.5, 2.5]
     assert [summary[f"unigram_nll_{m}"] for m in ("text", "linguistic", "semantic")] == [2.5, 3.5, 4.5]
+    assert [summary[name] for name in ("reference_wer", "resynthesis_wer", "tts_wer")] == [20.0, 25.0, 30.0]
+    assert summary["tts_wer_shuffled_tokens"] == 40.0
     assert summary["tokens"] == 900
     assert summary["tokens_per_stage"] == dict.fromkeys(STAGES, 300)
     assert summary["tokens_per_s"] == dict.fromkeys(STAGES, 5000)
@@ -62,7 +75,15 @@ def test_summary_holds_what_is_promised(run):
 
 def test_report_is_one_page_with_everything(run):
     page = write_quickstart_report(QuickstartResults.read(run, {"prepare": 30.0})).read_text(encoding="utf-8")
-    for title in ("Speech recognition", "Held-out likelihood", "Three stages", "Continuations", "Data", "What ran"):
+    for title in (
+        "Speech recognition",
+        "Held-out likelihood",
+        "Three stages",
+        "Continuations",
+        "Sound",
+        "Data",
+        "What ran",
+    ):
         assert title in page
     assert "go &lt;left&gt;" in page
     assert "<left>" not in page

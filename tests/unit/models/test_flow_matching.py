@@ -26,7 +26,7 @@ from stepaudio_train.config.decoder import (
 )
 from stepaudio_train.models.decoder.encoder import RelativeAttention, relative_positions
 from stepaudio_train.models.decoder.flow import FlowError, FlowInputs, FlowMatching, FlowPrompt, seeded_noise
-from stepaudio_train.models.decoder.flow_loss import FlowBatch, FlowDraws, flow_loss
+from stepaudio_train.models.decoder.flow_loss import FlowBatch, FlowDraws, encoder_loss, flow_loss
 from stepaudio_train.models.decoder.flow_stream import FlowStream
 from stepaudio_train.models.decoder.length_regulator import LengthRegulator, stretch
 from stepaudio_train.models.decoder.unet import time_features
@@ -45,6 +45,7 @@ SMALL = FlowConfig(
     decoder_mid_blocks=1,
     speaker_size=8,
     num_mel_bins=16,
+    start_time=0.0,
 )
 LEARNER = replace(SMALL, num_mel_bins=8, decoder_channels=64)
 """Wide enough for its mel to learn in seconds."""
@@ -282,12 +283,37 @@ def test_loss_is_the_formula():
     velocity = model.velocity(noisy.transpose(1, 2), condition, draws.time, None).transpose(1, 2)
     loss = flow_loss(model, batch, draws)
     expected = F.mse_loss(velocity, batch.mel - draws.noise)
-    torch.testing.assert_close(loss.loss_sum / loss.num_frames, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss.velocity_sum / loss.num_frames, expected, atol=1e-4, rtol=1e-4)
     untold = replace(draws, told=torch.tensor([False]))
     velocity = model.velocity(noisy.transpose(1, 2), torch.zeros_like(condition), draws.time, None).transpose(1, 2)
     expected = F.mse_loss(velocity, batch.mel - draws.noise)
     loss = flow_loss(model, batch, untold)
-    torch.testing.assert_close(loss.loss_sum / loss.num_frames, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss.velocity_sum / loss.num_frames, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_later_start_leaves_out_the_times_before_it():
+    model = random_model(replace(SMALL, start_time=0.5))
+    batch = batch_of(*random_clips((9,)))
+    draws = FlowDraws(torch.tensor([0.4]), torch.randn(batch.mel.shape), torch.tensor([0]), torch.tensor([True]))
+    later = flow_loss(model, batch, draws)
+    model.config = SMALL
+    expected = flow_loss(model, batch, replace(draws, time=torch.tensor([0.7])))
+    torch.testing.assert_close(later.velocity_sum, expected.velocity_sum, atol=1e-5, rtol=1e-5)
+
+
+def test_encoder_loss_is_the_distance_of_its_mel():
+    model = random_model()
+    batch = batch_of(*random_clips((9, 16)))
+    counts = batch.num_tokens[:, None], batch.num_frames[:, None]
+    encoded, _ = model.encoded_mel(FlowInputs(batch.tokens, *counts, batch.speaker, batch.mel))
+    expected = sum(
+        float((encoded[row, :, :frames].T - batch.mel[row, :frames]).square().mean(1).sum())
+        for row, frames in enumerate(batch.num_frames.tolist())
+    )
+    alone, whole = encoder_loss(model, batch), flow_loss(model, batch, FlowDraws.draw(batch, generator()))
+    assert float(alone.encoder_sum) == pytest.approx(expected, rel=1e-5)
+    assert float(whole.encoder_sum) == pytest.approx(expected, rel=1e-5)
+    assert float(alone.velocity_sum) == 0
 
 
 def test_padding_and_neighbours_change_no_loss():
@@ -303,15 +329,15 @@ def test_padding_and_neighbours_change_no_loss():
         ),
     )
     padded = flow_loss(model, junk, replace(draws, noise=F.pad(draws.noise, (0, 0, 0, 5))))
-    torch.testing.assert_close(padded.loss_sum, whole.loss_sum, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded.velocity_sum, whole.velocity_sum, atol=1e-5, rtol=1e-5)
     alone = 0.0
     for row, (tokens, frames) in enumerate(zip(batch.num_tokens.tolist(), batch.num_frames.tolist(), strict=True)):
         one = slice(row, row + 1)
         clip = FlowBatch(*(values[one] for values in vars(batch).values()))
         clip = replace(clip, tokens=clip.tokens[:, :tokens], mel=clip.mel[:, :frames])
         clip_draws = FlowDraws(*(values[one] for values in vars(draws).values()))
-        alone += flow_loss(model, clip, replace(clip_draws, noise=clip_draws.noise[:, :frames])).loss_sum
-    torch.testing.assert_close(alone, whole.loss_sum, atol=1e-5, rtol=1e-5)
+        alone += flow_loss(model, clip, replace(clip_draws, noise=clip_draws.noise[:, :frames])).velocity_sum
+    torch.testing.assert_close(alone, whole.velocity_sum, atol=1e-5, rtol=1e-5)
     assert whole.num_frames == batch.num_frames.sum()
 
 
@@ -348,7 +374,7 @@ def learnt() -> tuple[FlowMatching, list[Tensor], list[Tensor]]:
     for _ in range(num_steps):
         loss = flow_loss(model, batch, FlowDraws.draw(batch, draws))
         optimiser.zero_grad()
-        (loss.loss_sum / loss.num_frames).backward()
+        (loss.velocity_sum / loss.num_frames).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
@@ -399,6 +425,18 @@ def test_solver_is_euler_with_guidance():
         x = x + (end - start) * (1.7 * told - 0.7 * untold)
     (got,) = model.generate([tokens], [prompt], FlowSolverConfig(num_steps=3))
     torch.testing.assert_close(got, x[0].T[len(prompt_mel) :], atol=1e-4, rtol=1e-4)
+
+
+def test_a_later_start_begins_at_the_encoder_s_mel():
+    model = random_model(replace(SMALL, start_time=0.75))
+    inputs = model.inputs(torch.arange(10), prompts_without_recording(1)[0], SMALL.num_frames(10))
+    noise = seeded_noise(inputs.given_mel.shape[1], SMALL.num_mel_bins, 0)[None]
+    condition, _ = model.condition(inputs)
+    begun = 0.25 * noise.transpose(1, 2) + 0.75 * condition[:, : SMALL.num_mel_bins]
+    velocity = model.velocity(begun, condition, torch.tensor([0.75]), None)
+    expected = (begun + 0.25 * velocity).transpose(1, 2)
+    found = model.solve(inputs, noise, FlowSolverConfig(num_steps=1, guidance=0.0))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_noise_begins_alike():

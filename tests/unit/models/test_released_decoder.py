@@ -39,7 +39,13 @@ from stepaudio_train.tokenizers.speech import SpeechTokens
 RELEASED = ReleasedSettings(FlowConfig.released(), FlowSolverConfig(), VocoderConfig.released())
 SMALL = ReleasedSettings(
     FlowConfig(
-        hidden_size=32, ffn_size=32, num_blocks=1, decoder_channels=32, decoder_head_size=16, decoder_mid_blocks=1
+        hidden_size=32,
+        ffn_size=32,
+        num_blocks=1,
+        decoder_channels=32,
+        decoder_head_size=16,
+        decoder_mid_blocks=1,
+        start_time=0.0,
     ),
     FlowSolverConfig(guidance=0.3),
     VocoderConfig(base_channels=16, f0_channels=16, resblock_kernels=(3,), num_harmonics=2),
@@ -261,6 +267,7 @@ def test_a_flat_document_returns(tmp_path):
     ("settings", "message"),
     [
         (SMALL._replace(flow=replace(SMALL.flow, sample_rate_hz=16000)), "count frames with 22050 and 256"),
+        (SMALL._replace(flow=replace(SMALL.flow, start_time=0.5)), "train with flow.start_time=0"),
         (SMALL._replace(vocoder=replace(SMALL.vocoder, mel=MelConfig(highest_hz=None))), "the vocoder takes the mel"),
     ],
 )

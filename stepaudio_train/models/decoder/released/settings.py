@@ -210,6 +210,8 @@ def release_problems(settings: ReleasedSettings) -> list[str]:
     wanted = MelConfig(flow.sample_rate_hz, hop_samples=flow.hop_samples, num_bins=flow.num_mel_bins)
     if mel != wanted:
         problems.append(f"the vocoder takes the mel {mel}, and the flow makes {wanted}")
+    if flow.start_time > 0:
+        problems.append(f"start_time={flow.start_time}: released programs begin at noise; train with flow.start_time=0")
     return problems
 
 
@@ -242,6 +244,7 @@ def _sizes(found: Mapping[str, Any]) -> ReleasedSettings:
         "sample_rate_hz": mel["sample_rate_hz"],
         "hop_samples": mel["hop_samples"],
         "token_rate_hz": found["flow.input_frame_rate"],
+        "start_time": 0.0,
     }
     vocoder = {
         "mel": mel,
