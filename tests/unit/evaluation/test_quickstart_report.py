@@ -75,15 +75,8 @@ def test_summary_holds_what_is_promised(run):
 
 def test_report_is_one_page_with_everything(run):
     page = write_quickstart_report(QuickstartResults.read(run, {"prepare": 30.0})).read_text(encoding="utf-8")
-    for title in (
-        "Speech recognition",
-        "Held-out likelihood",
-        "Three stages",
-        "Continuations",
-        "Sound",
-        "Data",
-        "What ran",
-    ):
+    titles = ("Speech recognition", "Held-out likelihood", "Three stages", "Continuations", "Sound", "Data", "What ran")
+    for title in titles:
         assert title in page
     assert "go &lt;left&gt;" in page
     assert "<left>" not in page
