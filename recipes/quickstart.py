@@ -205,7 +205,7 @@ def _moved(mapping: dict[str, Any], run: Path, prefix: str = "") -> list[str]:
 
 
 def _share(config: QuickstartConfig, run: Path, parts: Parts) -> float:
-    """How much of the steps that are asked for, from stage 3 on, the minutes that are left allow. It is decided once."""
+    """How much of the steps that are asked for, from stage 3 on, the minutes left allow. It is decided once."""
     decided = run / "share.json"
     if decided.is_file():
         return float(json.loads(decided.read_text(encoding="utf-8")))
