@@ -3,7 +3,9 @@
     stepaudio run evaluate_decoder corpus=corpora/prepared tokens=corpora/tokens decoder=runs/flow \\
         vocoder=runs/vocoder output=runs/heard
     stepaudio run evaluate_decoder ... model_dir=runs/stage3/export     # a pretrained model speaks the texts
-    stepaudio run evaluate_decoder ... answers=runs/answers             # what a fine-tuned one said
+    stepaudio run evaluate_decoder answers=runs/answers decoder=runs/flow vocoder=runs/vocoder output=runs/heard
+
+The last one lets a fine-tuned model's spoken answers be heard, and the recordings that were expected of it.
 
 Beside the recordings themselves (`reference`) it makes `resynthesis`, with a language model `synthesis`, and of both
 the same with shuffled tokens. Writes speech.json, every score; report.html, with players; and the sounds as
@@ -53,10 +55,13 @@ REFERENCE = "reference"
 def main(config: DecoderEvaluationConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = Path(config.output)
-    found = list(held_out_speech(Path(config.corpus) / config.split, Path(config.tokens) / config.split))
-    answers = {} if config.answers is None else spoken_answers(Path(config.answers), found)
-    if config.answers is not None:
-        found = [recording for recording in found if recording.id in answers]
+    if config.answers is None:
+        found = list(held_out_speech(Path(config.corpus) / config.split, Path(config.tokens) / config.split))
+        said: dict[str, SpeechTokens] = {}
+    else:
+        answers = list(spoken_answers(Path(config.answers)))
+        found = [recording for recording, _ in answers]
+        said = {recording.id: speech for recording, speech in answers}
     recordings, options = _judged(found, config)
     log.info("%d held-out recordings, of which %d are judged", len(found), len(recordings))
     decoder = SpeechDecoder.from_directory(
@@ -65,7 +70,7 @@ def main(config: DecoderEvaluationConfig) -> None:
     voices = [decoder.prompt(recording.waveform) for recording in recordings]
     codes = {"resynthesis": [recording.speech for recording in recordings]}
     if config.answers is not None:
-        codes["synthesis"] = [answers[recording.id] for recording in recordings]
+        codes["synthesis"] = [said[recording.id] for recording in recordings]
     elif config.model_dir is not None:
         codes["synthesis"] = _spoken(recordings, config)
     codes |= {f"{kind}_shuffled_tokens": _shuffled(made, config.seed) for kind, made in codes.items()}
@@ -106,8 +111,8 @@ def _judged(
         options = replace(options, words=words) if words else replace(options, recogniser="none")
         found = [one for one, known in zip(found, heard, strict=True) if known] if words else found
     if not found:
-        asked = "" if config.answers is None else f", or none that {config.answers} answers with speech"
-        raise UserError(f"{config.corpus}: its split {config.split} holds no transcribed recording with tokens{asked}")
+        where = f"{config.corpus}: its split {config.split}" if config.answers is None else config.answers
+        raise UserError(f"{where}: holds no transcribed recording with tokens")
     step = max(1, len(found) // config.num_recordings)
     return list(found[::step][: config.num_recordings]), options
 

@@ -187,9 +187,12 @@ def _sound(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[st
     vocoder.append(f"training.max_steps={round(share * config.vocoder_steps)}")
     parts.run("vocoder", [*stepaudio, "run", "vocoder", *vocoder, "--nproc", str(NUM_PROCESSES)])
     folders = {"decoder": "flow", "vocoder": "vocoder", "output": "samples"}
-    folders |= {"answers": "answers"} if config.corpus is None else {"model_dir": "stage3/export"}
-    heard = [*data, tokens, *(f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()), seed]
-    # It hears nine seconds of each clip, which takes most of the time of judging.
+    if config.corpus is None:
+        folders["answers"] = "answers"
+    else:
+        folders |= {"corpus": "prepared", "tokens": "tokens", "model_dir": "stage3/export"}
+    heard = [*(f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()), seed]
+    # DNSMOS hears nine seconds of each clip, which takes most of the time of judging.
     parts.run("speech", [*stepaudio, "run", "evaluate_decoder", *heard, "judges.quality=none"])
 
 

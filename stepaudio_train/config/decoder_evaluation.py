@@ -20,9 +20,9 @@ class DecoderEvaluationConfig:
     __pydantic_config__ = _STRICT
 
     corpus: str = ""
-    """Output folder of `stepaudio prepare`. Required."""
+    """Output folder of `stepaudio prepare`. Required, but with `answers`."""
     tokens: str = ""
-    """Output folder of `stepaudio tokenize` for that corpus. Required."""
+    """Output folder of `stepaudio tokenize` for that corpus. Required, but with `answers`."""
     split: str = "test"
     decoder: str = ""
     """Run directory of `stepaudio run flow`, or a released CosyVoice directory. Required."""
@@ -31,8 +31,8 @@ class DecoderEvaluationConfig:
     model_dir: str | None = None
     """`export/` folder of a pretrained model that speaks the same texts; None: none does."""
     answers: str | None = None
-    """Output folder of `stepaudio evaluate answers`: what a fine-tuned model said in the place of these recordings, and
-    one answer to each instruction tag. Recordings that it was not asked for are left out."""
+    """Output folder of `stepaudio evaluate answers`, in the place of a corpus: what a fine-tuned model said, beside the
+    recordings that were expected; and one answer to each instruction tag."""
     output: str = ""
     """Folder for speech.json and the sound files. Required."""
     num_recordings: int = 60
@@ -49,7 +49,9 @@ class DecoderEvaluationConfig:
 
 def decoder_evaluation_problems(config: DecoderEvaluationConfig) -> list[str]:
     """What is wrong with a configuration, a line each."""
-    folders = {"corpus": config.corpus, "tokens": config.tokens, "decoder": config.decoder}
+    folders = {"decoder": config.decoder}
+    if config.answers is None:
+        folders |= {"corpus": config.corpus, "tokens": config.tokens}
     optional = {"vocoder": config.vocoder, "model_dir": config.model_dir}
     folders |= {key: place for key, place in optional.items() if place is not None}
     problems = [
@@ -65,7 +67,7 @@ def decoder_evaluation_problems(config: DecoderEvaluationConfig) -> list[str]:
             "`stepaudio evaluate answers` wrote"
         )
     if config.answers is not None and config.model_dir is not None:
-        problems.append("model_dir, answers: both say what was spoken; type one of them")
+        problems.append("model_dir, answers: both say what was spoken; leave one of them out")
     counts = {"num_recordings": config.num_recordings, "max_new_tokens": config.max_new_tokens}
     problems += [f"{key}={value}: must be at least 1" for key, value in counts.items() if value < 1]
     if config.temperature < 0:

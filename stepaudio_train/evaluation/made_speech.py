@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,31 +90,20 @@ def decode_all(
     return [found.get(i, silence) for i in range(len(codes))], len(codes) - len(spoken)
 
 
-def spoken_answers(folder: Path, recordings: Sequence[HeldOutSpeech]) -> dict[str, SpeechTokens]:
-    """What a model said where it was asked to speak, by the id of the recording that was expected; of what `stepaudio
+def spoken_answers(folder: Path) -> Iterator[tuple[HeldOutSpeech, SpeechTokens]]:
+    """Where a model was asked to speak, the recording that was expected and what the model said, of what `stepaudio
     evaluate answers` wrote.
 
-    Args:
-        recordings: their ids end the recordings' paths, but for the file's kind, as `stepaudio prepare` names them.
-
     Raises:
-        OSError, ValueError: answers.jsonl or truth.jsonl is missing or damaged.
+        OSError, ValueError: answers.jsonl or truth.jsonl is missing or damaged. AudioError: a recording is.
     """
-    expected = {line["id"]: Path(line["audio"]) for line in _lines(folder / "truth.jsonl") if "audio" in line}
-    spoken = {
-        expected[line["id"]].with_suffix("").as_posix(): SpeechTokens.from_text(line["audio_tokens"])
-        for line in _lines(folder / "answers.jsonl")
-        if line["task"] == "tts" and line["id"] in expected and line.get("audio_tokens")
-    }
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for path in spoken:
-        by_stem[Path(path).name].append(path)
-    found = {}
-    for recording in recordings:
-        paths = [p for p in by_stem[Path(recording.id).name] if f"/{p}".endswith(f"/{recording.id}")]
-        if len(paths) == 1:
-            found[recording.id] = spoken[paths[0]]
-    return found
+    expected = {line["id"]: line for line in _lines(folder / "truth.jsonl") if line.get("audio_tokens")}
+    for line in _lines(folder / "answers.jsonl"):
+        truth = expected.get(line["id"])
+        if line["task"] == "tts" and line.get("audio_tokens") and truth is not None and "audio" in truth:
+            recording = read_audio(truth["audio"], SAMPLE_RATE_HZ)
+            own, said = (SpeechTokens.from_text(one["audio_tokens"]) for one in (truth, line))
+            yield HeldOutSpeech(line["id"], truth["text"], recording, own), said
 
 
 def tagged_answers(folder: Path) -> list[TaggedAnswer]:

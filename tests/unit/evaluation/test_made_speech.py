@@ -20,7 +20,6 @@ from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.config.judges import JudgeOptions
 from stepaudio_train.config.vocoder import VocoderConfig
 from stepaudio_train.evaluation.made_speech import (
-    HeldOutSpeech,
     decode_all,
     held_out_speech,
     shuffled,
@@ -81,19 +80,19 @@ def test_clips_without_tokens_are_silent_and_counted():
     assert count == 1 and not silent.any() and spoken.any()
 
 
-def test_answers_are_found_by_the_recordings_that_were_expected(tmp_path):
-    truth = [
-        {"id": f"q{n}", "audio": f"/data/{place}.wav"} for n, place in enumerate(("a/wav/7", "b/wav/7", "a/wav/8"))
-    ]
-    tokens = "<audio_1><audio_2><audio_1024><audio_1025><audio_1026>"
-    lines = [{"id": f"q{n}", "task": "tts", "audio_tokens": tokens if n < 2 else ""} for n in range(3)]
+def test_spoken_answers_come_with_the_recordings_that_were_expected(tmp_path):
+    soundfile.write(tmp_path / "asked.wav", speech_like(8000).numpy(), SAMPLE_RATE_HZ)
+    own, said = "<audio_1><audio_2><audio_1024><audio_1025><audio_1026>", "<audio_3><audio_4>" + "<audio_1030>" * 3
+    truth = [{"id": id, "text": "go", "audio": str(tmp_path / "asked.wav"), "audio_tokens": own} for id in "abc"]
+    lines = [{"id": id, "task": "tts", "audio_tokens": said} for id in "abd"]
+    lines[1]["audio_tokens"] = ""
+    lines.append({"id": "c", "task": "edit", "audio_tokens": said})
     for name, rows in {"truth": truth, "answers": lines}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    silence = torch.zeros(1)
-    ids = ("b/wav/7", "a/wav/8", "a/wav/9", "wav/7")
-    found = spoken_answers(tmp_path, [HeldOutSpeech(id, "", silence, codes(1)) for id in ids])
-    # The last id fits two recordings: neither is taken.
-    assert list(found) == ["b/wav/7"]
+    ((recording, speech),) = spoken_answers(tmp_path)
+    assert (recording.id, recording.text, len(recording.waveform)) == ("a", "go", 8000)
+    np.testing.assert_array_equal(recording.speech.linguistic, [1, 2])
+    np.testing.assert_array_equal(speech.linguistic, [3, 4])
 
 
 def test_one_answer_of_each_tag_with_the_recording_of_what_was_asked(tmp_path):
