@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from reporting import parser, report
+from resident import forget_peak, peak_resident_bytes, resident_bytes
 
 from stepaudio_train.config.checks import layout_problems
 from stepaudio_train.config.compose import load_config
@@ -164,7 +163,7 @@ def measure(overrides: Sequence[str]) -> int:
     small = replace(config.model, hidden_size=64, intermediate_size=128)
     _train(replace(config, model=small, training=replace(config.training, sequence_length=64)))
     gc.collect()
-    before = _status("VmRSS")
+    before = resident_bytes()
     peak = _train(config)
     if config.engine.name != "local":
         dist.destroy_process_group()
@@ -178,22 +177,14 @@ def _train(config: PretrainConfig) -> int:
     replica = (engine.data_parallel_rank, engine.data_parallel_size)
     rows = (training.sequence_length, training.global_batch_rows)
     loader = SyntheticLoader(config.data, vocabulary, *rows, training.seed, *replica)
-    # Building takes other memory than training does: the plan is of the steps. 5: forget the highest so far.
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    # Building takes other memory than training does: the plan is of the steps.
+    forget_peak()
     for _ in range(STEPS):
         batches = loader.next_batch().split(training.micro_batch_rows)
         engine.train_step(batches, LanguageModelling(vocabulary), 1e-4)
-    peak = _status("VmHWM")
+    peak = peak_resident_bytes()
     engine.close()
     return peak
-
-
-def _status(name: str) -> int:
-    """Bytes of one line of this process's status."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    if found is None:
-        raise RuntimeError(f"/proc/self/status: has no {name}; this benchmark needs Linux")
-    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
-"""What every benchmark prints: a table, the machine it ran on, and with --json the same as a file."""
+"""What every program here prints (as `stepaudio bench` does), and the options that they share."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+from stepaudio_train.commands.bench.reporting import report
+
+__all__ = ["parser", "report"]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -21,44 +15,3 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the results there too")
     return made
-
-
-def report(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None) -> None:
-    """Print `rows`, which share their keys, and write them with the machine's facts to `json_file`."""
-    console = Console()
-    table = Table(*rows[0], title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
-    console.print(table)
-    facts = machine()
-    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True)
-    if json_file is not None:
-        content = {"title": title, "machine": facts, "rows": [dict(row) for row in rows]}
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    """What figures depend on."""
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -8,6 +8,8 @@ four copies, ID#clear, ID#noisy, ID#cut and ID#silent, with recordings in OUT/au
 to the others is, in the conversation's language, that the question was not heard. Earlier turns stay as they are.
 
 The transcript of what cannot be heard goes: judges read it, and would take it for heard.
+
+With --speech-tokenizer DIR the recordings come with their codes, so that none of the runs on them encodes them again.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,12 +35,15 @@ from stepaudio_train.audio import AudioError, read_audio
 from stepaudio_train.audio.conditions import CONDITIONS, Condition, in_condition
 from stepaudio_train.audio.features import SAMPLE_RATE_HZ
 from stepaudio_train.data.chat import task_of
-from stepaudio_train.data.conversation_files import ConversationFile
+from stepaudio_train.data.conversation_files import ConversationFile, Worker, encode_conversations
+from stepaudio_train.data.files import write_atomically
 from stepaudio_train.data.importers.base import Recordings
 from stepaudio_train.data.records import AudioPart, Message, Record, TextPart, record_to_json, with_audio_parts
 from stepaudio_train.data.rewriting import language_of
 from stepaudio_train.data.sources import Refusal
 from stepaudio_train.data.tags import TagVocabulary
+from stepaudio_train.tokenizers.dual import audio_ids_to_text, merge_streams
+from stepaudio_train.tokenizers.vocabulary import AUDIO_IDS
 
 DID_NOT_HEAR = {
     "en": (
@@ -105,14 +111,20 @@ class HearingCorpus:
         return "\n".join(lines) + "\n"
 
 
-def make_hearing_corpus(source: Path, directory: Path, seed: int) -> HearingCorpus:
-    """Write the copies into `directory`, which must not exist. What cannot be copied is left out by file and line."""
+def make_hearing_corpus(source: Path, directory: Path, seed: int, limit: int | None = None) -> HearingCorpus:
+    """Write the copies into `directory`, which must not exist. What cannot be copied is left out by file and line.
+
+    Args:
+        limit: so many conversations that can be copied, the first ones of the file; None: all.
+    """
     (directory / "audio").mkdir(parents=True)
     file = ConversationFile.read(source, TagVocabulary())
     made = HearingCorpus(refused=list(file.refused))
     ids: set[str] = set()
     with (directory / "conversations.jsonl").open("w", encoding="utf-8") as lines:
         for where, record in tqdm(file.records, desc="hearing", unit="conversation", dynamic_ncols=True):
+            if made.conversations == limit:
+                break
             if task_of(record) != "aqta" or record.messages[-1].role != "assistant":
                 made.other_tasks += 1
                 continue
@@ -128,6 +140,27 @@ def make_hearing_corpus(source: Path, directory: Path, seed: int) -> HearingCorp
             lines.writelines(json.dumps(copy, ensure_ascii=False) + "\n" for copy in copies)
             made.conversations += 1
     return made
+
+
+def add_codes(directory: Path, speech_tokenizer: Path) -> None:
+    """Put the recordings' codes into the conversations of a corpus.
+
+    Raises:
+        TokenizerError: the tokenizer cannot be used.
+    """
+    path = directory / "conversations.jsonl"
+    file = ConversationFile.read(path, TagVocabulary())
+    with tempfile.TemporaryDirectory() as cache:
+        (found,) = encode_conversations([file], speech_tokenizer, Path(cache), Worker(progress_bar=True))
+    lines = []
+    for _, sample in found.samples:
+        codes = {name: merge_streams(s.linguistic, s.semantic, AUDIO_IDS) for name, s in sample.speech.items()}
+        parts = [
+            replace(part, tokens=audio_ids_to_text(codes[part.audio], AUDIO_IDS)) if part.audio in codes else part
+            for part in sample.record.audio_parts()
+        ]
+        lines.append(json.dumps(record_to_json(with_audio_parts(sample.record, parts)), ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines).encode())
 
 
 def spoken_language(record: Record) -> str:
@@ -206,20 +239,26 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="CONVERSATIONS", help="JSONL file of conversations")
     parser.add_argument("directory", type=Path, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N conversations that can be copied")
+    parser.add_argument("--speech-tokenizer", type=Path, metavar="DIR", help="put the recordings' codes in as well")
     arguments = parser.parse_args()
     if not arguments.source.is_file():
         parser.error(f"{arguments.source}: no such file")
+    if arguments.limit is not None and arguments.limit < 1:
+        parser.error(f"--limit {arguments.limit}: must be at least 1")
     if arguments.directory.exists():
         parser.error(f"{arguments.directory} exists; remove it or name another folder")
     # Recordings are named relative to where the folder will be, so the unfinished one lies beside it.
     partial = arguments.directory.with_name(arguments.directory.name + ".partial")
     if (partial / "audio").is_dir():
         shutil.rmtree(partial)  # an interrupted run left it
-    made = make_hearing_corpus(arguments.source, partial, arguments.seed)
+    made = make_hearing_corpus(arguments.source, partial, arguments.seed, arguments.limit)
     sys.stderr.write(made.summary())
     if not made.conversations:
         shutil.rmtree(partial)
         parser.error(f"{arguments.source}: no conversation can be used")
+    if arguments.speech_tokenizer is not None:
+        add_codes(partial, arguments.speech_tokenizer)
     os.rename(partial, arguments.directory)
 
 

@@ -4,7 +4,8 @@
 
 Writes OUT/{train,validation,test}.jsonl, conversations as docs/fine_tuning.md has them, and OUT/wav/*.wav. For
 tokenizers and pretraining, which should have heard the like: OUT/texts.txt, every line that the training conversations
-are written with, and OUT/manifest.jsonl, a share of their recordings with transcripts.
+are written with, and OUT/manifest.jsonl, a share of their recordings with transcripts. For what learns from rewards:
+OUT/{questions,held_out_questions}.jsonl, more conversations of aqta.
 
 | task | what is taught |
 |---|---|
@@ -14,7 +15,7 @@ are written with, and OUT/manifest.jsonl, a share of their recordings with trans
 | aqta | the written answer to a spoken question: the number after or before, sums, opposites |
 | tqta | the same questions, written |
 
-The splits share no recording. Texts to be spoken with tags in the test split do not occur in the others; the questions
+The files share no recording. Texts to be spoken with tags in the test split do not occur in the others; the questions
 do, in other voices, at other speeds and pitches.
 """
 
@@ -97,6 +98,8 @@ PRONOUNCED |= {
 
 NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 5000, 600, 2200, 1600
 """Conversations of each kind at scale 1, over all splits."""
+QUESTION_FILES = {"questions": 1600, "held_out_questions": 600}
+"""Spoken questions that are in no split, at scale 1: those that a model was fine-tuned on teach it little more."""
 
 
 Line = tuple[str, str, str, AskedTag | None]
@@ -217,8 +220,12 @@ class ConversationMaker:
             yield self._edit(f"{split}_edit_{number}", text, language, name, asked)
         for number in tqdm(range(round(share * NUM_ASR)), f"{split}: say", leave=False):
             yield self._asr(f"{split}_asr_{number}")
-        for number in tqdm(range(round(share * NUM_AQTA)), f"{split}: ask", leave=False):
-            yield self._aqta(f"{split}_aqta_{number}")
+        yield from self.questions(f"{split}_aqta", round(share * NUM_AQTA))
+
+    def questions(self, name: str, count: int) -> Iterator[Record]:
+        """Spoken questions with written answers."""
+        for number in tqdm(range(count), f"{name}: ask", leave=False):
+            yield self._aqta(f"{name}_{number}")
 
     def tqta(self) -> Iterator[Record]:
         """Every question, written."""
@@ -330,14 +337,20 @@ def make_instruction_corpus(directory: Path, scale: float, seed: int) -> dict[st
     for split, records in splits.items():
         # The loss on the first held-out conversations is to be one of every task.
         rng.shuffle(records)  # type: ignore[arg-type]
-        with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record_to_json(one), ensure_ascii=False) + "\n" for one in records)
+        _write_records(records, directory / f"{split}.jsonl")
+    for name, count in QUESTION_FILES.items():
+        _write_records(maker.questions(name, round(scale * count)), directory / f"{name}.jsonl")
     _write_manifest(splits["train"], directory / "manifest.jsonl")
     texts = (
         part.text for one in splits["train"] for m in one.messages for part in m.content if isinstance(part, TextPart)
     )
     (directory / "texts.txt").write_text("".join(f"{text.strip()}\n" for text in texts), encoding="utf-8")
     return {split: len(records) for split, records in splits.items()}
+
+
+def _write_records(records: Iterable[Record], path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record_to_json(one), ensure_ascii=False) + "\n" for one in records)
 
 
 def _write_manifest(records: Sequence[Record], path: Path) -> None:

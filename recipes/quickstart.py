@@ -6,7 +6,8 @@
 
 About twenty minutes on two cores. Every part is a command that can be typed by itself (parts/*.json in the run
 directory hold them), and what stopped half-way goes on from there. Writes report.html and summary.json. Fine-tuning
-takes conversations whose instruction tags are true, which are made together with the espeak-ng corpus.
+takes conversations whose instruction tags are true, and a reward model and PPO take spoken questions. Both are made
+together with the espeak-ng corpus.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ import torch
 from stepaudio_train.commands.parts import Parts, exclusive
 from stepaudio_train.config.compose import load_config, quoted, run_recipe, to_mapping
 from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.policy_runs import PpoRunConfig
+from stepaudio_train.config.preference_runs import RewardConfig
 from stepaudio_train.config.quickstart import QuickstartConfig, quickstart_problems
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.config.sft import SftConfig
@@ -45,15 +48,19 @@ LEAST_SHARE = 0.25
 """Of the steps that are asked for, on the slowest machine."""
 SFT_TOKENS = 840_000
 """Of the conversations at scale 1, rows filled up and recordings' encoding counted in."""
-DECODER_STEP_TOKENS = {"flow_encoder_steps": 1100, "flow_steps": 3600, "vocoder_steps": 1300}
+DECODER_STEP_TOKENS = {"flow_encoder_steps": 1300, "flow_steps": 4300, "vocoder_steps": 1600}
 """What stage 3 learns in the time of such a step."""
+PREFERENCE_STEP_TOKENS = {"reward_steps": 4000, "ppo_steps": 12000}
+"""As `DECODER_STEP_TOKENS`."""
+WARMUP_SHARE = 1 / 8
+"""Of PPO's steps, in which the critic learns alone."""
 MOST_JOINED = 4
 
 
 def main(config: QuickstartConfig) -> None:
     run = Path(config.run_dir)
     with exclusive(run):
-        parts = Parts(run, total=17 if config.corpus is None else 12)
+        parts = Parts(run, total=22 if config.corpus is None else 12)
         try:
             _run_all(config, run, parts)
         except UserError as error:
@@ -71,6 +78,7 @@ def _run_all(config: QuickstartConfig, run: Path, parts: Parts) -> None:
     parts.run("evaluate", [*stepaudio, "run", "evaluate", *settings])
     if config.corpus is None:
         _fine_tuning(config, run, parts, stepaudio)
+        _preferences(config, run, parts, stepaudio)
     _sound(config, run, parts, stepaudio)
     results = QuickstartResults.read(run, parts.seconds)
     write_atomically(run / "summary.json", json.dumps(results.summary(), indent=1).encode())
@@ -166,12 +174,35 @@ def _fine_tuning(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: l
     ]
     parts.run("sft", [*stepaudio, "run", "sft", *settings, "--nproc", str(NUM_PROCESSES)])
     held_out, answers = f"{run}/instructions/test.jsonl", f"{run}/answers"
-    # A small model drops words at the temperature of the released one.
-    asked = ["--output", answers, "--reference", f"{run}/instructions/train.jsonl", "--temperature", "0.5"]
+    # A small model drops and swaps words when it does not take the most likely token.
+    asked = ["--output", answers, "--reference", f"{run}/instructions/train.jsonl", "--temperature", "0"]
     parts.run("answers", [*stepaudio, "evaluate", "answers", f"{run}/sft", held_out, *asked])
     compared = [f"--{name}={answers}/{name}.jsonl" for name in ("reference", "truth")]
     spoken = [f"{answers}/answers.jsonl", "--output", f"{run}/control"]
     parts.run("control", [*stepaudio, "evaluate", "control", *spoken, *compared])
+
+
+def _preferences(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str]) -> None:
+    """A reward model of right and wrong answers to spoken questions, and a policy that learns from it (paper 5.2)."""
+    folder, seed = f"{run}/preferences", str(config.seed)
+    made = [sys.executable, "-m", "data_tools.make_question_preferences", f"{run}/instructions", folder]
+    parts.run("preferences", [*made, "--seed", seed])
+    share = _share(config, run, parts)
+    ppo_steps = round(share * config.ppo_steps)
+    lengths = {
+        "reward": [f"training.max_steps={round(share * config.reward_steps)}"],
+        "ppo": [f"training.max_steps={ppo_steps}", f"critic.warmup_steps={int(WARMUP_SHARE * ppo_steps)}"],
+    }
+    for recipe, schema in (("reward", RewardConfig), ("ppo", PpoRunConfig)):
+        experiment = f"experiment=quickstart_{recipe}"
+        moved = _moved(to_mapping(load_config(recipe, schema, [experiment])), run)
+        settings = [experiment, *moved, f"training.seed={seed}", *lengths[recipe]]
+        parts.run(recipe, [*stepaudio, "run", recipe, *settings, "--nproc", str(NUM_PROCESSES)])
+    # Drawn as PPO draws them, from the model's own distribution: this is what it makes better.
+    drawn = [f"{run}/instructions/held_out_questions.jsonl", "--written-temperature", "1", "--top-k", "0"]
+    for name, model in (("before", "sft"), ("after", "ppo")):
+        asked = [f"{run}/{model}", *drawn, "--seed", seed, "--output", f"{folder}/{name}"]
+        parts.run(f"answers_{name}", [*stepaudio, "evaluate", "answers", *asked])
 
 
 def _sound(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[str]) -> None:
@@ -219,6 +250,7 @@ def _share(config: QuickstartConfig, run: Path, parts: Parts) -> float:
     tokens += sum(getattr(config, key) * number for key, number in DECODER_STEP_TOKENS.items())
     if config.corpus is None:
         tokens += round(config.sft_epochs * config.instruction_scale * SFT_TOKENS)
+        tokens += sum(getattr(config, key) * number for key, number in PREFERENCE_STEP_TOKENS.items())
     left_s = config.minutes * 60 - sum(parts.seconds.values()) - RESERVE_S
     share = round(min(1.0, max(left_s * tokens_per_s / tokens, LEAST_SHARE)), 2)
     if share < 1:

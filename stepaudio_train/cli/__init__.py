@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from stepaudio_train.cli import data, models, speech
+from stepaudio_train.cli import bench, data, models, speech
 from stepaudio_train.cli.parsing import Command
 from stepaudio_train.config.errors import UserError
 
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         models.add_convert,
         models.add_export,
         models.add_plan,
+        bench.add_bench,
         models.add_doctor,
     ):
         add(commands)

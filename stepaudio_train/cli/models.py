@@ -88,7 +88,28 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--reference", type=Path, metavar="FILE", help="conversations of the training, for `evaluate control`")
     add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens an answer (default 512)")
     add("--temperature", type=float, metavar="T", help="of spoken answers (default 0.7)")
-    add("--top-k", type=int, metavar="K", help="draw among the K most likely (default 50)")
+    add("--written-temperature", type=float, metavar="T", help="of written ones (default 0: the most likely tokens)")
+    add("--top-k", type=int, metavar="K", help="draw among the K most likely (default 50; 0: all)")
+    add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")
+
+    deafness = command(
+        actions,
+        "deafness",
+        _evaluate_deafness,
+        "how often a policy says that it did not hear, of recordings that are clear and of others",
+        needs="a finished run of `stepaudio run sft`, dpo, ppo or grpo, and conversations with meta.condition "
+        "(docs/deaf_hacking.md).",
+        example="stepaudio evaluate deafness runs/ppo corpora/hearing/conversations.jsonl --output runs/ppo/heard",
+    )
+    add = deafness.add_argument
+    add("model", type=Path, metavar="RUN", help="run directory")
+    add("file", type=Path, metavar="FILE", help="conversations with meta.condition and a written answer")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--checkpoints", action="store_true", help="measure every checkpoint that is there, too")
+    add("--conditions", nargs="+", choices=("clear", "noisy", "cut", "silent"), help="ask about these alone")
+    add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens an answer (default 128)")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely token (default 1.0)")
     add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")
 
@@ -246,6 +267,13 @@ def _evaluate_answers(options: argparse.Namespace) -> int:
     from stepaudio_train.commands.evaluate import AnswersOptions, evaluate_answers, summary
 
     print(summary(evaluate_answers(typed(AnswersOptions, options))), end="")
+    return 0
+
+
+def _evaluate_deafness(options: argparse.Namespace) -> int:
+    from stepaudio_train.commands.evaluate_deafness import DeafnessOptions, deafness_summary, evaluate_deafness
+
+    print(deafness_summary(evaluate_deafness(typed(DeafnessOptions, options))), end="")
     return 0
 
 

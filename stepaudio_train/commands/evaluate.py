@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from stepaudio_train.config.compose import read_config
 from stepaudio_train.config.errors import ConfigError, UserError
+from stepaudio_train.config.policy_runs import GrpoRunConfig, PpoRunConfig, PromptDataConfig
 from stepaudio_train.config.preference_runs import DpoRunConfig
+from stepaudio_train.config.preferences import PreferenceDataConfig
 from stepaudio_train.config.sft import SftConfig, SftDataConfig
 from stepaudio_train.data.conversation_files import (
     ConversationFile,
@@ -50,7 +52,9 @@ class AnswersOptions:
     """Conversations of the training: their spoken answers go to reference.jsonl, for `stepaudio evaluate control`."""
     max_new_tokens: int = 512
     temperature: float = 0.7
-    """Of spoken answers, as the released programs draw them; written ones take the most likely tokens."""
+    """Of spoken answers, as the released programs draw them."""
+    written_temperature: float = 0.0
+    """Of written answers. 0 takes the most likely tokens; 1, with top_k 0, draws as PPO and GRPO do."""
     top_k: int = 50
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -74,10 +78,11 @@ def evaluate_answers(options: AnswersOptions) -> dict[str, Any]:
         reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused[:3])
         raise UserError(f"{options.file}: no conversation with an answer can be used ({reasons or 'it is empty'})")
     sampling = SamplingConfig(options.max_new_tokens, options.temperature, options.top_k)
-    answered = answer_all(model, samples, sampling, data.template, data.history, options.seed)
+    asked = (sampling, data.template, data.history, options.seed, options.written_temperature)
+    answered = answer_all(model, samples, *asked)
     # Written answers alone: whether a spoken one is right, its text does not tell.
     exchanged = [one for one in with_exchanged_audio(samples) if not is_spoken(one)]
-    exchanged_answers = answer_all(model, exchanged, sampling, data.template, data.history, options.seed)
+    exchanged_answers = answer_all(model, exchanged, *asked)
     vocabulary = model.renderer.vocabulary
     _write_lines(options.output / "answers.jsonl", (one.line(vocabulary) for one in answered))
     for name, conversations in zip(("truth", "reference"), found, strict=False):
@@ -101,7 +106,7 @@ def fine_tuning_data(model: Path) -> SftDataConfig:
     """How the conversations of a fine-tuned model are rendered, and with which speech tokenizer.
 
     Raises:
-        UserError: no run directory of `sft` or `dpo`.
+        UserError: no run directory of `sft`, `dpo`, `ppo` or `grpo`.
     """
     file = model / "config.yaml"
     if not file.is_file():
@@ -109,11 +114,12 @@ def fine_tuning_data(model: Path) -> SftDataConfig:
     try:
         return read_config(SftConfig, file).data
     except ConfigError:
-        # A policy that learned from preferences is asked as they were rendered.
-        data = read_config(DpoRunConfig, file).data
-        return SftDataConfig(
-            template=data.template, history=data.history, own_tags=data.own_tags, speech_tokenizer=data.speech_tokenizer
-        )
+        pass
+    data = _policy_data(model, file)
+    # A policy that learned from preferences or rewards is asked as those were rendered.
+    return SftDataConfig(
+        template=data.template, history=data.history, own_tags=data.own_tags, speech_tokenizer=data.speech_tokenizer
+    )
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -125,6 +131,15 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{task:<10}{scores['num']:>8}{scores['wer']:>9.1f}{scores['exact']:>10.1f}{shown}")
     lines.append(f"{result['unended']} answers did not end; {result['num_refused']} conversations refused")
     return "\n".join(lines) + "\n"
+
+
+def _policy_data(model: Path, file: Path) -> PreferenceDataConfig | PromptDataConfig:
+    for kind in (DpoRunConfig, PpoRunConfig, GrpoRunConfig):
+        try:
+            return read_config(kind, file).data
+        except ConfigError:
+            continue
+    raise UserError(f"{model}: is no run directory of `stepaudio run sft`, dpo, ppo or grpo")
 
 
 def _encoded(paths: Sequence[Path], data: SftDataConfig, options: AnswersOptions) -> list[EncodedConversations]:

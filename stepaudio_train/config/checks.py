@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import get_args
 
+from stepaudio_train.config.policy_runs import PolicyRunConfig
 from stepaudio_train.config.preference_runs import DpoRunConfig, PreferenceRunConfig, RewardConfig
 from stepaudio_train.config.preferences import preference_data_problems
 from stepaudio_train.config.rlhf import dpo_problems, reward_loss_problems
@@ -43,7 +44,7 @@ def sft_problems(config: SftConfig) -> list[str]:
             problems.append(
                 f"data.task_weights.{task}={weight}: must be over 0; leave conversations out of the file instead"
             )
-    problems += _init_problems(config)
+    problems += init_problems(config)
     if config.training.sample_every < 0 or config.training.num_samples < 1:
         problems.append(
             f"training.sample_every={config.training.sample_every}, num_samples={config.training.num_samples}: must be "
@@ -70,11 +71,11 @@ def dpo_run_problems(config: DpoRunConfig) -> list[str]:
 
 def _preference_problems(config: PreferenceRunConfig) -> list[str]:
     problems = layout_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
-    problems += preference_data_problems(config.data) + _init_problems(config)
+    problems += preference_data_problems(config.data) + init_problems(config)
     return problems + training_problems(config) + _early_stop_problems(config)
 
 
-def _init_problems(config: RunConfig) -> list[str]:
+def init_problems(config: RunConfig) -> list[str]:
     """Weights to go on from, and a text tokenizer with them or beside them."""
     if config.model.init is None:
         return ["model.init: fine-tuning goes on from trained weights; type model.init=DIR"]
@@ -279,7 +280,9 @@ def training_problems(config: RunConfig) -> list[str]:
     training = config.training
     # Fine-tuning counts its steps from its epochs where none are given.
     least = dict.fromkeys(("sequence_length", "global_batch_rows", "micro_batch_rows", "keep_checkpoints"), 1)
-    least["max_steps"] = 0 if isinstance(config, (SftConfig, PreferenceRunConfig)) else 1
+    least["max_steps"] = 0 if isinstance(config, (SftConfig, PreferenceRunConfig, PolicyRunConfig)) else 1
+    if isinstance(config, PolicyRunConfig):
+        del least["global_batch_rows"]
     problems = [
         f"training.{name}={getattr(training, name)}: must be at least {number}"
         for name, number in least.items()

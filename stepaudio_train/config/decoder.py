@@ -24,7 +24,7 @@ class FlowConfig:
     num_heads: int = 2
     ffn_size: int = 192
     num_blocks: int = 2
-    dropout: float = 0.1
+    dropout: float = 0.0
     """In the encoder. The decoder has none, as released."""
     decoder_channels: int = 128
     decoder_heads: int = 2

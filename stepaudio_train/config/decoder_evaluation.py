@@ -35,7 +35,7 @@ class DecoderEvaluationConfig:
     recordings that were expected; and one answer to each instruction tag."""
     output: str = ""
     """Folder for speech.json and the sound files. Required."""
-    num_recordings: int = 60
+    num_recordings: int = 100
     """Held-out recordings, of those whose words the recogniser knows."""
     temperature: float = 0.5
     """Of the language model."""

@@ -22,7 +22,7 @@ class FlowOptimizerConfig:
 
     __pydantic_config__ = _STRICT
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Reached at the end of the warm-up. CosyVoice: 1e-3."""
     warmup_steps: int = 100
     """CosyVoice: 2500."""

@@ -38,9 +38,13 @@ class QuickstartConfig:
     """The third stage is where the model learns to recognise and to speak."""
     sft_epochs: float = 5.0
     """How often fine-tuning goes through the conversations."""
+    reward_steps: int = 200
+    """Of the reward model. No effect with `corpus`."""
+    ppo_steps: int = 60
+    """Of the policy that learns from it, the critic's warm-up counted in. No effect with `corpus`."""
     flow_encoder_steps: int = 800
     """Of the speech decoder's flow, before its network learns."""
-    flow_steps: int = 350
+    flow_steps: int = 250
     """Of the flow's network."""
     vocoder_steps: int = 1000
     minutes: float = 25.0
@@ -54,7 +58,7 @@ class QuickstartConfig:
 def quickstart_problems(config: QuickstartConfig) -> list[str]:
     """What is wrong with a configuration, a line each."""
     stages = ("tokenizer_steps", "stage1_steps", "stage2_steps", "stage3_steps")
-    steps = (*stages, "flow_encoder_steps", "flow_steps", "vocoder_steps")
+    steps = (*stages, "reward_steps", "ppo_steps", "flow_encoder_steps", "flow_steps", "vocoder_steps")
     positive = ("corpus_minutes", "joined_s", "minutes", *steps)
     problems = [f"{key}={getattr(config, key)}: must be over 0" for key in positive if getattr(config, key) <= 0]
     if config.join_max is not None and config.join_max < 1:

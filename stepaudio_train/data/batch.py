@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -48,8 +49,11 @@ class TokenBatch:
         return [TokenBatch._of_named(dict(zip(named, part, strict=True))) for part in parts]
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        named = self.named_tensors()
-        return TokenBatch._of_named({name: tensor.to(device, non_blocking=True) for name, tensor in named.items()})
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """The batch of `function` of every tensor."""
+        return TokenBatch._of_named({name: function(tensor) for name, tensor in self.named_tensors().items()})
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Name of the field, or `extras.NAME` -> [R, T]: all that the batch holds."""

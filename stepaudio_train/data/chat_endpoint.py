@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import logging
 import os
-import socket
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from stepaudio_train.config.errors import UserError
+from stepaudio_train.data.json_posts import JsonPosts, ReplyError
 
 log = logging.getLogger(__name__)
 
 _PATH = "/chat/completions"
-_HOPELESS = (401, 403, 404)
-"""What is answered to every request alike: a wrong key, a wrong address, an unknown model."""
-_MAX_WAIT_S = 60.0
+_IF_REFUSED = (
+    "see that this address and --endpoint-model are right, and that the environment variable which --endpoint-key-env "
+    "names holds the key"
+)
+_IF_UNREACHABLE = "what it replied before is kept for the next run"
 
 T = TypeVar("T")
-
-
-class ReplyError(ValueError):
-    """One reply that could not be had, or not be read. The message says why."""
 
 
 class ReplyCache:
@@ -105,43 +98,9 @@ class ChatEndpoint:
 
     def _reply(self, body: bytes) -> bytes:
         """The endpoint's reply, asked for again where that may help."""
-        problem: Exception | None = None
-        for attempt in range(self.attempts):
-            if problem is not None:
-                time.sleep(min(_MAX_WAIT_S, max(self.backoff_s * 2 ** (attempt - 1), _asked_wait_s(problem))))
-            try:
-                with urllib.request.urlopen(self._request(body), timeout=self.timeout_s) as reply:
-                    return reply.read()
-            except urllib.error.HTTPError as error:
-                if error.code in _HOPELESS:
-                    raise UserError(
-                        f"{error.url}: {error}; see that this address and --endpoint-model are right, and that the "
-                        "environment variable which --endpoint-key-env names holds the key"
-                    ) from None
-                if error.code != 429 and error.code < 500:
-                    raise ReplyError(f"{error.url}: {error}: {error.read(200).decode(errors='replace')}") from None
-                problem = error
-            except (OSError, http.client.HTTPException) as error:
-                problem = error
-        if isinstance(problem, urllib.error.URLError) and isinstance(problem.reason, ConnectionError | socket.gaierror):
-            raise UserError(
-                f"{self.url}: cannot be reached: {problem.reason}; what it replied before is kept for the next run"
-            )
-        raise ReplyError(f"{self.url}: {problem or 'no attempt was made'}, after {self.attempts} attempts")
-
-    def _request(self, body: bytes) -> urllib.request.Request:
         url = self.url.rstrip("/").removesuffix(_PATH) + _PATH
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        if self.api_key:
-            # Never sent on to where a reply redirects to.
-            request.add_unredirected_header("Authorization", f"Bearer {self.api_key}")
-        return request
-
-
-def _asked_wait_s(problem: Exception) -> float:
-    """What a Retry-After says, in seconds; 0 where there is none, or a date."""
-    asked = problem.headers.get("Retry-After", "") if isinstance(problem, urllib.error.HTTPError) else ""
-    return float(asked) if asked.isdigit() else 0.0
+        waits = (self.timeout_s, self.attempts, self.backoff_s)
+        return JsonPosts(url, _IF_REFUSED, _IF_UNREACHABLE, self.api_key, *waits).send(body)
 
 
 def _content_of(reply: bytes) -> str:

@@ -99,7 +99,7 @@ def load_preferences(
     """
     tokenizer = None if data.speech_tokenizer is None else Path(data.speech_tokenizer)
     paths = [Path(path) for path in (data.path, data.held_out) if path is not None]
-    files = [_usable(PreferenceFile.read(path), TagVocabulary(data.own_tags), tokenizer is not None) for path in paths]
+    files = [usable(PreferenceFile.read(path), TagVocabulary(data.own_tags), tokenizer is not None) for path in paths]
     categories = tuple(sorted({_category(preference) for file in files for preference in file.preferences}))
     conversations = [
         ConversationFile(file.path, [(one.where, one.joined()) for one in file.preferences], file.refused)
@@ -173,8 +173,12 @@ def pack_pairs(rows: Sequence[Sequence[DocumentPair]], sequence_length: int) -> 
     return replace(batch, extras=extras)
 
 
-def _usable(file: PreferenceFile, tags: TagVocabulary, with_recordings: bool) -> PreferenceFile:
-    """Those whose tags and recordings are there."""
+def usable(file: PreferenceFile, tags: TagVocabulary, with_recordings: bool) -> PreferenceFile:
+    """Those whose tags and recordings are there.
+
+    Args:
+        with_recordings: whether recordings may come without their codes.
+    """
     kept, refused = [], list(file.refused)
     for preference in file.preferences:
         where = preference.where

@@ -7,14 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs, needs_entropies
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Engine(ABC):
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    data_parallel_group: dist.ProcessGroup | None = None
+    """The ranks that hold what this one holds, one of each replica, in the replicas' order. None: one replica."""
 
     @property
     def is_main(self) -> bool:
@@ -73,14 +79,28 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def full_weights(self, device: torch.device, every_replica: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield (Hugging Face name, full fp32 tensor on `device`, a copy) in the map's order. Every rank must iterate,
+        to the end. Adapters are merged in; a value head comes last. One tensor at a time is put together.
+
+        Args:
+            every_replica: on the main rank of every data-parallel replica, out of that replica's own parts; False: on
+                rank 0 alone.
+        """
+
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, full fp32 CPU tensor) in the map's order on rank 0. Every rank must iterate.
-        Adapters are merged in; a value head comes last."""
+        """`full_weights` on the CPU of rank 0."""
+        return self.full_weights(torch.device("cpu"), every_replica=False)
+
+    def from_replica_main(self, value: T) -> T:
+        """The `value` of this replica's main rank, on all its ranks, each of which must call it. Small picklable
+        objects."""
+        return value
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full fp32 CPU tensor) of the adapters that `config.lora` asks for on rank 0 (names:
         models/step1/lora.py). Every rank must iterate. Nothing where all weights are trained. A value head, which is
-        trained beside them, is among `export_weights` alone."""
+        trained beside them, is among `full_weights` alone."""
         return iter(())
 
     def without_adapters(self) -> AbstractContextManager[None]:

@@ -44,7 +44,7 @@ def adamw_options(config: OptimizerConfig) -> dict[str, Any]:
     return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
 
 
-def exported(
+def merged_weights(
     config: RunConfig,
     base: Mapping[str, nn.Parameter],
     adapters: Mapping[str, nn.Parameter],

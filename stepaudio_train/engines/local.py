@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,12 @@ from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult, los
 from stepaudio_train.engines.hf_model import (
     OTHER_ADAPTERS,
     adamw_options,
-    exported,
     initial_adapters,
+    merged_weights,
     optimizer_groups,
 )
 from stepaudio_train.engines.precision import choose_device, choose_dtype
+from stepaudio_train.models.step1.fused import fuse, takes_liger
 from stepaudio_train.models.step1.lora import adapter_parameters, adapters_off, add_adapters, base_parameters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.models.step1.weight_map import checked, hf_shapes, num_parameters
@@ -52,6 +54,8 @@ class LocalEngine(Engine):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(self.dtype)
         self.model.to(self.device)
+        if takes_liger(config.engine.fused_kernels, self.device):
+            fuse(self.model)
         self._base, self._adapters = base_parameters(self.model), adapter_parameters(self.model)
         if config.lora is not None:
             for name, value in initial_adapters(config, config.lora):
@@ -67,12 +71,12 @@ class LocalEngine(Engine):
         for name, shape in hf_shapes(self.config.model).items():
             self._base[name].data.copy_(checked(weights, name, shape))
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return exported(self.config, self._base, self._adapters, _full)
+    def full_weights(self, device: torch.device, every_replica: bool) -> Iterator[tuple[str, Tensor]]:
+        return merged_weights(self.config, self._base, self._adapters, partial(_full, device=device))
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._adapters.items():
-            yield name, _full(parameter)
+            yield name, _full(parameter, torch.device("cpu"))
 
     def without_adapters(self) -> AbstractContextManager[None]:
         return adapters_off(self.model) if self._adapters else super().without_adapters()
@@ -175,8 +179,8 @@ class LocalEngine(Engine):
             )
 
 
-def _full(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to("cpu", torch.float32, copy=True)
+def _full(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    return parameter.detach().to(device, torch.float32, copy=True)
 
 
 def _added(outputs: Sequence[ObjectiveOutput]) -> dict[str, tuple[float, float]]:

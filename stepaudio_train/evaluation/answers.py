@@ -39,11 +39,8 @@ class Answered:
 
     @property
     def reference(self) -> str:
-        """The written answer as it is taught, or what the spoken one says."""
-        # As `answer.text` has it: stripped, and of a call what is left without the control pieces around it.
-        last = turns_of(self.sample.record, audio_history=True)[-1]
-        parts = (tool_call_text(p) if isinstance(p, ToolCall) else p.text or "" for p in last.content)
-        return "".join(parts).strip()
+        """See `expected_text`."""
+        return expected_text(self.sample.record)
 
     def line(self, vocabulary: Vocabulary) -> dict[str, Any]:
         """For answers.jsonl: with the record's `meta`, what `stepaudio evaluate control` takes."""
@@ -65,6 +62,14 @@ class Scores:
     """Percent of answers that are the reference word for word."""
 
 
+def expected_text(record: Record) -> str:
+    """The written answer that a conversation ends with, as it is taught, or what the spoken one says."""
+    # As `Answer.text` has it: stripped, and of a call what is left without the control pieces around it.
+    last = turns_of(record, audio_history=True)[-1]
+    parts = (tool_call_text(p) if isinstance(p, ToolCall) else p.text or "" for p in last.content)
+    return "".join(parts).strip()
+
+
 def answer_all(
     model: SpeechTextModel,
     samples: Sequence[TokenSample],
@@ -72,15 +77,17 @@ def answer_all(
     template: ChatTemplate,
     history: ChatHistory,
     seed: int = 0,
+    written_temperature: float = 0.0,
 ) -> list[Answered]:
     """Answer every conversation, in their order.
 
     Args:
-        sampling: of spoken answers; written ones take the most likely tokens.
+        sampling: of spoken answers.
+        written_temperature: of written ones, in its place; 0 takes the most likely tokens.
     """
-    greedy = replace(sampling, temperature=0.0)
+    written = replace(sampling, temperature=written_temperature)
     answered: dict[int, Answered] = {}
-    for config, chosen in ((greedy, _indices(samples, True)), (sampling, _indices(samples, False))):
+    for config, chosen in ((written, _indices(samples, True)), (sampling, _indices(samples, False))):
         seeds = [seed + i for i in chosen]
         answers = model.answer([samples[i] for i in chosen], config, template, history, seeds)
         answered |= {i: Answered(samples[i], answer) for i, answer in zip(chosen, answers, strict=True)}

@@ -12,6 +12,7 @@ from typing import Any
 from stepaudio_train.config.compose import read_config
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.evaluation.control_report import control_section
+from stepaudio_train.evaluation.reward_report import RewardResults, reward_section
 from stepaudio_train.evaluation.sound_report import sound_section
 from stepaudio_train.training.page import (
     bar_chart,
@@ -102,6 +103,8 @@ class QuickstartResults:
     """The tokenizer recipe's own summary."""
     fine_tuning: FineTuningResults | None
     """None where recordings were given: it takes synthesised ones, whose tags are true."""
+    rewards: RewardResults | None
+    """None where recordings were given."""
 
     @classmethod
     def read(cls, run: Path, seconds: Mapping[str, float]) -> QuickstartResults:
@@ -124,6 +127,7 @@ class QuickstartResults:
             prepared=_read(run / "prepared" / "report.json"),
             tokenizer=_read(tokenizer) if tokenizer.is_file() else {},
             fine_tuning=FineTuningResults.read(run) if (run / "sft").is_dir() else None,
+            rewards=RewardResults.read(run) if (run / "ppo").is_dir() else None,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -142,6 +146,7 @@ class QuickstartResults:
             **{f"nll_{name}": round(nats, 4) for name, nats in likelihood["model"].items()},
             **{f"unigram_nll_{name}": round(nats, 4) for name, nats in likelihood["unigram"].items()},
             **(self.fine_tuning.summary() if self.fine_tuning else {}),
+            **(self.rewards.summary() if self.rewards else {}),
             **self.speech["summary"],
             "tokens": int(self.metrics[STAGES[-1]][-1]["all_tokens"]),
             "tokens_per_stage": {stage: int(lines[-1]["tokens"]) for stage, lines in self.metrics.items()},
@@ -165,6 +170,11 @@ class QuickstartResults:
             )
             if found["speed_control_spearman"] is not None:
                 line += f", speed as asked {found['speed_control_spearman']:.2f}"
+        if self.rewards is not None:
+            line += (
+                f"; reward model right about {found['reward_accuracy']:.0f}% of held-out pairs, PPO: drawn answers "
+                f"{found['ppo_score_before']:.1f}% right before and {found['ppo_score_after']:.1f}% after"
+            )
         if found["tts_wer"] is not None:
             line += (
                 f"; heard: WER {found['tts_wer']:.0f}% of speech made of text, {found['resynthesis_wer']:.0f}% of "
@@ -181,6 +191,7 @@ def write_quickstart_report(results: QuickstartResults) -> Path:
         _curves(results),
         _continuations(results),
         *([] if results.fine_tuning is None else _fine_tuning(results.fine_tuning)),
+        *([] if results.rewards is None else [reward_section(results.rewards)]),
         sound_section(results.run / "samples", results.speech),
         _data(results),
         _time(results),

@@ -45,11 +45,7 @@ def generate(
         ValueError: an empty prompt, or another number of seeds than of prompts.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
-    empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
-    if empty:
-        raise ValueError(f"prompt {empty[0]} is empty: there is nothing to go on from")
+    require_prompts(prompts, seeds)
     # Prompts of like length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     results: dict[int, Generation] = {}
@@ -58,6 +54,17 @@ def generate(
         batch = _generate_batch(model, [prompts[i] for i in chosen], config, [seeds[i] for i in chosen])
         results.update(zip(chosen, batch, strict=True))
     return [results[index] for index in range(len(prompts))]
+
+
+def require_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+    """Raises:
+    ValueError: an empty prompt, or another number of seeds than of prompts.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
+    empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty: there is nothing to go on from")
 
 
 def _generate_batch(

@@ -17,14 +17,13 @@ from stepaudio_train.engines.base import Engine
 from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.rollout.generate import Generation, generate
-from stepaudio_train.rollout.sampling import SamplingConfig
+from stepaudio_train.rollout.sampling import ANSWER_ENDS, SamplingConfig
 from stepaudio_train.tokenizers.dual import audio_ids_to_text
 from stepaudio_train.tokenizers.text import TextTokenizer
 from stepaudio_train.tokenizers.vocabulary import Special, Vocabulary
 
 _SPEECH_TEMPERATURE = 0.7
 """As the released programs speak."""
-_STOP_IDS = (int(Special.EOT), int(Special.EOS))
 _MORE_TOKENS = 32
 
 
@@ -76,7 +75,7 @@ class SampleWriter:
                 # One that does not end shall not hold up the training for long.
                 max_new_tokens=2 * longest + _MORE_TOKENS,
                 temperature=_SPEECH_TEMPERATURE if spoken else 0.0,
-                stop_ids=_STOP_IDS,
+                stop_ids=ANSWER_ENDS,
             )
             ids = [exchange.id for exchange in chosen]
             found = generate(model, [exchange.prompt for exchange in chosen], sampling, seeds=ids)
@@ -124,5 +123,5 @@ def _exchange(index: int, document: Document) -> Exchange:
     breaks = np.flatnonzero(np.diff(taught) > 1)
     start, end = int(taught[breaks[-1] + 1] if len(breaks) else taught[0]), int(taught[-1]) + 1
     ids = document.ids.tolist()
-    ended = ids[end - 1] in _STOP_IDS
+    ended = ids[end - 1] in ANSWER_ENDS
     return Exchange(index, TASKS[document.task], ids[:start], ids[start : end - 1 if ended else end])

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepaudio_train.tokenizers.vocabulary import Special
+
+ANSWER_ENDS = (int(Special.EOT), int(Special.EOS))
+"""What ends an answer: its proper end, and the end of everything, after which no answer goes on."""
 NO_TOKEN = -1
 """Stands for what is before a sample's first id."""
 

@@ -19,7 +19,7 @@ from stepaudio_train.data.render import Renderer, TokenSample
 from stepaudio_train.engines.precision import choose_device
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.rollout.generate import Generation, generate
-from stepaudio_train.rollout.sampling import SamplingConfig
+from stepaudio_train.rollout.sampling import ANSWER_ENDS, SamplingConfig
 from stepaudio_train.tokenizers.dual import LINGUISTIC_PER_GROUP, TOKENS_PER_GROUP, split_streams
 from stepaudio_train.tokenizers.speech import SpeechTokens
 from stepaudio_train.tokenizers.text import TextTokenizer
@@ -118,8 +118,7 @@ class SpeechTextModel:
             RenderError: a conversation that cannot be rendered.
         """
         prompts = [self.renderer.render_chat_prompt(sample, template, history).tolist() for sample in samples]
-        stop_ids = (int(Special.EOT), int(Special.EOS))
-        return [self._answer(g) for g in self._generate(prompts, replace(config, stop_ids=stop_ids), seeds)]
+        return [self._answer(g) for g in self._generate(prompts, replace(config, stop_ids=ANSWER_ENDS), seeds)]
 
     def _answer(self, generation: Generation) -> Answer:
         first_audio, end = self.renderer.vocabulary.linguistic_offset, self.renderer.vocabulary.audio_end
@@ -138,10 +137,7 @@ class SpeechTextModel:
         return generate(self.model, prompts, config, seeds, self.batch_rows)
 
     def _text(self, generation: Generation) -> str:
-        # Audio and control ids in a transcript are mistakes that no text can stand for.
-        size = self.renderer.vocabulary.text_size
-        ids = [i for i in generation.ids if FIRST_BYTE_ID <= i < size]
-        return self.renderer.text_tokenizer.decode(ids).strip()
+        return written_text(generation.ids, self.renderer)
 
     def _speech(self, generation: Generation) -> SpeechTokens:
         """The audio up to the first id that breaks the 2:3 order, in whole groups."""
@@ -155,6 +151,13 @@ class SpeechTextModel:
         broken = np.flatnonzero((ids < lowest) | (ids >= highest))
         first, second = split_streams(ids[: broken[0]] if len(broken) else ids, vocabulary)
         return SpeechTokens(first.astype(np.int32), second.astype(np.int32))
+
+
+def written_text(ids: Sequence[int], renderer: Renderer) -> str:
+    """What is written in an answer."""
+    # Audio and control ids in a transcript are mistakes that no text can stand for.
+    kept = [index for index in ids if FIRST_BYTE_ID <= index < renderer.vocabulary.text_size]
+    return renderer.text_tokenizer.decode(kept).strip()
 
 
 def as_sample(speech: SpeechTokens, id: str = "speech") -> TokenSample:

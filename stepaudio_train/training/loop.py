@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,14 +21,16 @@ from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult
 from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.models.step1.lora import write_adapters
 from stepaudio_train.objectives.base import Objective
+from stepaudio_train.training.balance import BatchLoad, balanced
 from stepaudio_train.training.checkpoints import Checkpoints, TrainingState
 from stepaudio_train.training.early_stop import Best, EarlyStop
 from stepaudio_train.training.loggers import MetricsLogger
+from stepaudio_train.training.memory_log import MemoryLog
 from stepaudio_train.training.report import read_metrics, write_run_report
 from stepaudio_train.training.run_directory import RunDirectory
 from stepaudio_train.training.schedule import learning_rate_at
 from stepaudio_train.training.stop_signal import StopOnSignal
-from stepaudio_train.training.throughput import peak_flops_per_s, sum_of_squared_lengths, training_flops
+from stepaudio_train.training.throughput import peak_flops_per_s, training_flops
 from stepaudio_train.training.weights import export, initialise
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ def fit(
     sampler: Sampler | None = None,
     summarise: Callable[[Sums], dict[str, float]] = means,
     report: Callable[[Path], Path] = write_run_report,
+    rate_at: Callable[[int], float] | None = None,
 ) -> bool:
     """Train to `training.max_steps`, or until `training.early_stop` ends it, going on from the run's newest checkpoint
     if there is one.
@@ -68,6 +72,7 @@ def fit(
     Args:
         summarise: from the objective's sums to the metrics that are logged.
         report: writes report.html of a run directory.
+        rate_at: learning rate of a step, counted from 1; None: as `optimizer` has it over all steps.
 
     Returns:
         False if SIGTERM ended it early: a checkpoint was saved, the same command goes on from it.
@@ -84,6 +89,7 @@ def fit(
     engine.barrier()
     early_stop = EarlyStop(training.early_stop, state.best)
     stop = StopOnSignal()
+    memory = MemoryLog(config, engine)
     meter = _Meter(config, engine, state, summarise)
     logger = MetricsLogger(run, config) if engine.is_main else None
     bar = tqdm(
@@ -93,13 +99,16 @@ def fit(
         disable=not (engine.is_main and config.logging.progress_bar),
         dynamic_ncols=True,
     )
+    if rate_at is None:
+        rate_at = partial(learning_rate_at, max_steps=training.max_steps, config=config.optimizer)
     finished, step = True, state.step
     try:
         for step in range(state.step + 1, (state.step if early_stop.reached else training.max_steps) + 1):
-            rate = learning_rate_at(step, training.max_steps, config.optimizer)
-            batch = loader.next_batch()
+            rate = rate_at(step)
+            batch, load = balanced(loader.next_batch(), engine)
             result = _step_or_report(engine, batch, objective, rate, step, run, training.micro_batch_rows)
-            metrics = meter.measure(step, batch, result, rate)
+            metrics = meter.measure(step, load, result, rate)
+            memory.after_step()
             last = step == training.max_steps
             evaluated = bool(validation) and (last or _every(training.eval_every, step))
             if evaluated:
@@ -189,13 +198,10 @@ class _Meter:
         self._peak = peak_flops_per_s(engine.device, dtype)
         self._last = time.perf_counter()
 
-    def measure(self, step: int, batch: TokenBatch, result: StepResult, rate: float) -> dict[str, float | int]:
+    def measure(self, step: int, load: BatchLoad, result: StepResult, rate: float) -> dict[str, float | int]:
         now = time.perf_counter()
         duration_s, self._last = now - self._last, now
-        # Padding is one document at the end of a row; other ranks' rows are taken to be as full as this rank's.
-        replicas = self._engine.data_parallel_size
-        num_tokens = int((batch.input_ids != 0).sum()) * replicas
-        self._tokens += num_tokens
+        self._tokens += load.num_tokens
         self._elapsed_s += duration_s
         metrics: dict[str, float | int] = {
             "step": step,
@@ -204,11 +210,13 @@ class _Meter:
             "grad_norm": result.grad_norm,
             "learning_rate": rate,
             "tokens": self._tokens,
-            "tokens_per_s": num_tokens / duration_s,
+            "tokens_per_s": load.num_tokens / duration_s,
             "elapsed_s": self._elapsed_s,
+            "packing/fill": load.fill,
+            "packing/cost_max_over_mean": load.cost_max_over_mean,
         }
         if self._peak is not None:
-            flops = training_flops(self._config.model, num_tokens, sum_of_squared_lengths(batch.documents) * replicas)
+            flops = training_flops(self._config.model, load.num_tokens, load.squared_lengths)
             metrics["mfu"] = flops / duration_s / (self._peak * self._engine.world_size)
         return metrics
 

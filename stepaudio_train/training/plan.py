@@ -29,9 +29,10 @@ data-parallel size, for DeepSpeed all ranks). Read out of the engines, and check
                 Full recomputation keeps each layer's input h/t and one layer's activations.
                 Times the micro-batches in flight: pp - stage under 1F1B, and (2(pp - stage - 1) + (vp - 1)pp + 1) / vp
                 under the interleaved schedule, but no more than there are.
-                With them the head: its input; of local and deepspeed logits of 1024 tokens in fp32 and the head's
-                gradient as it is made, in fp32, where it is trained; of megatron all the logits in the compute type
-                (last stage). Gradients that are not there at the step's first loss are not counted twice
+                With them the head (last stage): its input; a slice of the logits in fp32, and all of them in the
+                compute type where that is no more than 256 MiB; the head's gradient as it is made, in fp32, where it is
+                trained (models/step1/vocab_parallel.py). Gradients that are not there at the step's first loss are not
+                counted twice
     runtime     an assumed 2 GiB on a GPU for the CUDA context, NCCL's buffers and fragmentation
 
 Not counted: host memory while a model is built (local, ZeRO-1 and 2: 4p in every process, before it goes to the GPU),

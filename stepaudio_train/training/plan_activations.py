@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 
 from stepaudio_train.config.schema import RunConfig
+from stepaudio_train.models.step1.vocab_parallel import KEPT_BYTES, chunk_tokens
 from stepaudio_train.training.plan_states import States, compute_bytes, is_mixed, largest_embedding, trained_elements
-
-_HEAD_CHUNK_TOKENS = 1024
-_MEGATRON_CHUNK_ELEMENTS = {"cpu": 2**21, "gpu": 2**26}
-"""Logits that are worked on at a time: models/step1/modeling.py and models/step1/vocab_parallel.py."""
 
 
 def activation_bytes(config: RunConfig, stage: int, micro_batches: int, states: States) -> int:
@@ -85,31 +82,51 @@ def _layer_backward_bytes(config: RunConfig) -> int:
 
 def _head_forward_bytes(config: RunConfig) -> int:
     """The final norm, the head's input, and what the logits take; in mixed precision the cast weights of all layers."""
-    rows, width, tokens, size = _vocab_rows(config), config.model.hidden_size, _tokens(config), compute_bytes(config)
+    width, tokens, size = config.model.hidden_size, _tokens(config), compute_bytes(config)
     total = _norm_bytes(config) + tokens * width * size
     if config.engine.name == "megatron":
-        # Gathered over the tensor-parallel ranks, then the wanted tokens of it; the exponentials are kept.
-        return total + tokens * (width + rows) * size + _megatron_chunk_bytes(config)
-    if is_mixed(config):
+        # Gathered over the tensor-parallel ranks, then the wanted tokens of it.
+        total += tokens * width * size
+    elif is_mixed(config):
         total += size * (trained_elements(config, 0) - (largest_embedding(config) if config.lora is None else 0))
         total += size * largest_embedding(config) if config.lora is not None else 0
-    # The product, its copy in fp32, and the exponentials in it.
-    return total + min(tokens, _HEAD_CHUNK_TOKENS) * rows * (8 + (size if size < 4 else 0))
+    # The product, and the exponentials in its place or, of a lower precision, in an fp32 copy.
+    return total + _kept_exponentials_bytes(config) + _chunk_logits(config) * (4 + _beside_fp32(size))
 
 
 def _head_backward_bytes(config: RunConfig) -> int:
-    """The head's input, the weight's gradient in fp32 and a chunk's share of it (where it is trained), and the chunk's
-    own gradient."""
+    """The head's input and its gradient, the exponentials, a chunk's own gradient, and the weight's in fp32 with a
+    chunk's share of it (where it is trained)."""
     rows, width, tokens, size = _vocab_rows(config), config.model.hidden_size, _tokens(config), compute_bytes(config)
     total = _norm_bytes(config) + 2 * tokens * width * size
+    weight = rows * width * (4 + _beside_fp32(size)) if config.lora is None else 0
     if config.engine.name == "megatron":
-        # Once of the real rows, once with the vocabulary's padding.
-        return total + tokens * (width + rows) * size + 2 * rows * width * size
-    if is_mixed(config):
+        # Afterwards once of the real rows, once with the vocabulary's padding.
+        weight = max(weight, 2 * rows * width * size)
+        total += tokens * width * size
+    elif is_mixed(config):
         cast = 0 if _recomputes(config) else trained_elements(config, 0)
         total += size * max(cast - (largest_embedding(config) if config.lora is None else 0), rows * width)
-    weight = rows * width * (4 + size) if config.lora is None else 0
-    return total + weight + min(tokens, _HEAD_CHUNK_TOKENS) * rows * (4 if size == 4 else 6)
+    kept = _kept_exponentials_bytes(config)
+    again = 0 if kept else _chunk_logits(config) * 4
+    return total + weight + kept + again + _chunk_logits(config) * (4 + _beside_fp32(size))
+
+
+def _kept_exponentials_bytes(config: RunConfig) -> int:
+    """What the head keeps of the logits between forward and backward: nothing where it is much."""
+    size = _tokens(config) * _vocab_rows(config) * compute_bytes(config)
+    return size if size <= KEPT_BYTES else 0
+
+
+def _chunk_logits(config: RunConfig) -> int:
+    """Logits that the head works on at a time."""
+    rows = _vocab_rows(config)
+    return min(_tokens(config), chunk_tokens(rows, on_gpu=config.engine.device != "cpu")) * rows
+
+
+def _beside_fp32(size: int) -> int:
+    """Bytes of what is made in the compute type beside an fp32 copy of it."""
+    return size if size < 4 else 0
 
 
 def _norm_bytes(config: RunConfig) -> int:
@@ -118,11 +135,6 @@ def _norm_bytes(config: RunConfig) -> int:
     return (
         copies * _tokens(config) * config.model.hidden_size * _residual_bytes(config) // config.engine.tensor_parallel
     )
-
-
-def _megatron_chunk_bytes(config: RunConfig) -> int:
-    elements = _MEGATRON_CHUNK_ELEMENTS["cpu" if config.engine.device == "cpu" else "gpu"]
-    return 4 * min(elements, _tokens(config) * _vocab_rows(config))
 
 
 def _gradient_bytes(config: RunConfig) -> int:

@@ -54,7 +54,7 @@ def _sections(run_dir: Path, metrics: Metrics) -> list[str]:
         ),
         section(
             "Can its confidence be trusted?",
-            charts(_reliability_chart(pairs)),
+            charts(reliability_chart(pairs)),
             note="Held-out pairs by the model's confidence in its choice: of those with 0.8, 80% should be right.",
         ),
         section("Most wrong", _most_wrong(pairs), note="Held-out pairs whose rejected answer scores highest."),
@@ -82,7 +82,8 @@ def _curves(metrics: Metrics, prefix: str) -> str:
     )
 
 
-def _reliability_chart(pairs: Sequence[dict[str, Any]]) -> str:
+def reliability_chart(pairs: Sequence[dict[str, Any]]) -> str:
+    """`reliability` as an SVG element; '' without pairs."""
     if not pairs:
         return ""
     lines = {"held-out pairs": reliability(pairs), "as confident as right": ([0.5, 1.0], [0.5, 1.0])}

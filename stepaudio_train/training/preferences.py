@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +21,10 @@ from stepaudio_train.data.packing import Document
 from stepaudio_train.data.preferences import DocumentPair, Preferences, load_preferences
 from stepaudio_train.data.sft_loader import P, Pack, SftLoader, validation_batches
 from stepaudio_train.engines.base import Engine
-from stepaudio_train.engines.build import build_engine
 from stepaudio_train.objectives.base import TokenOutputs
 from stepaudio_train.objectives.reward import expected_calibration_error
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
-from stepaudio_train.training.loggers import log_to_file
+from stepaudio_train.training.engine_run import engine_run
 from stepaudio_train.training.loop import Sums, means
 from stepaudio_train.training.pair_outputs import pair_outputs
 from stepaudio_train.training.run_directory import RunDirectory
@@ -47,22 +45,13 @@ def preference_run(config: PreferenceRunConfig) -> Iterator[tuple[RunDirectory, 
         ConfigError: the directory is not the run's, or the text tokenizer does not fit the vocabulary.
         UserError: a file holds no pair that can be used.
     """
-    run = RunDirectory(config.run_dir)
-    if int(os.environ.get("RANK", "0")) == 0:
-        run.claim(config)
-    engine = build_engine(config)
-    try:
-        engine.barrier()
-        log_to_file(run.logs, engine.rank)
+    with engine_run(config) as (run, engine):
         renderer = chat_renderer(config.vocabulary, Vocabulary.from_config(config.vocabulary))
         worker = Worker(engine.rank, engine.world_size, str(engine.device), engine.barrier, config.logging.progress_bar)
         found = load_preferences(config.data, renderer, config.training.sequence_length, run.path / "tokens", worker)
         if engine.is_main:
             write_report(found, run.path / "data_report.json")
         yield run, engine, found
-    finally:
-        engine.close()
-        run.release()
 
 
 def preference_batches(

@@ -59,7 +59,7 @@ def with_reference(
     Raises:
         ConfigError: a run that goes on has other pairs now, or lacks a reference and has another `model.init`.
     """
-    weights, begun = _fingerprint(config.model.init), latest_checkpoint(run.checkpoints) is not None
+    weights, begun = fingerprint(config.model.init), latest_checkpoint(run.checkpoints) is not None
     folders = {name: run.path / "reference" / name for name in sets}
     made_by = {name: {"weights": weights, "pairs": _digest(pairs)} for name, pairs in sets.items()}
     before = {name: _read_made_by(folder) for name, folder in folders.items()}
@@ -113,7 +113,7 @@ def _digest(pairs: Sequence[DocumentPair]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(init: str | None) -> str:
+def fingerprint(init: str | Path | None) -> str:
     """Tells weights by the names, sizes, beginnings, middles and ends of their files."""
     assert init is not None, "checked before"
     folder, digest = open_source(Path(init), prefer_masters=True).path, hashlib.sha256()

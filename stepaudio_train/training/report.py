@@ -88,17 +88,18 @@ def write_run_report(run_dir: Path, learned: Callable[[Path, Metrics], list[str]
 
 
 def conversation_tables(used: Mapping[str, Any]) -> str:
-    """What a run used of one file of conversations or preferences, and what it left out and why.
+    """What a run used of one file of conversations, preferences or prompts, and what it left out and why.
 
     Args:
         used: an entry of data_report.json.
     """
-    what, kinds = ("pairs", "categories") if "pairs" in used else ("conversations", "tasks")
+    what = next(name for name in ("pairs", "conversations", "prompts") if name in used)
+    kinds = used["categories" if what == "pairs" else "tasks"]
     rows = [
         (what, used[what]),
-        ("of these", ", ".join(f"{count} {kind}" for kind, count in used[kinds].items())),
+        ("of these", ", ".join(f"{count} {kind}" for kind, count in kinds.items())),
         ("tokens", used["tokens"]),
-        ("tokens that teach", used["tokens_with_loss"]),
+        *([("tokens that teach", used["tokens_with_loss"])] if "tokens_with_loss" in used else []),
         ("left out", used["num_refused"]),
     ]
     refused = [(refusal["name"], refusal["reason"]) for refusal in used["refused"][:_SHOWN_REFUSALS]]

@@ -33,12 +33,14 @@ def training_flops(config: Step1Config, num_tokens: int, squared_lengths: int) -
     return 6.0 * matmul_parameters(config) * num_tokens + attention
 
 
-def sum_of_squared_lengths(documents: Tensor) -> int:
-    """Sum over all documents of [R, T] `documents` of their length squared."""
-    rows = torch.arange(documents.shape[0], device=documents.device)[:, None]
+def squared_lengths(documents: Tensor) -> Tensor:
+    """[R] int64: the sum over a row's documents of their length squared, of [R, T] `documents`. Padding is one."""
+    num_rows = documents.shape[0]
     shifted = documents - documents.min()
-    keys = (rows * (int(shifted.max()) + 1) + shifted).flatten()
-    return int(keys.bincount().square().sum())
+    per_row = int(shifted.max()) + 1
+    rows = torch.arange(num_rows, device=documents.device)[:, None]
+    lengths = (rows * per_row + shifted).flatten().bincount(minlength=num_rows * per_row)
+    return lengths.view(num_rows, per_row).square().sum(1)
 
 
 def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float | None:

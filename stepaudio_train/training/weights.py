@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepaudio_train.config.errors import ConfigError
+from stepaudio_train.config.policy_runs import PolicyRunConfig
 from stepaudio_train.config.preference_runs import PreferenceRunConfig
 from stepaudio_train.config.schema import RunConfig, Step1Config
 from stepaudio_train.config.sft import ChatTemplate, SftConfig
@@ -79,7 +80,8 @@ def export(engine: Engine, directory: Path, text_tokenizer: str | None, metrics:
 
 
 def _chat_template(config: RunConfig) -> ChatTemplate:
-    return config.data.template if isinstance(config, (SftConfig, PreferenceRunConfig)) else "chat"
+    chats = (SftConfig, PreferenceRunConfig, PolicyRunConfig)
+    return config.data.template if isinstance(config, chats) else "chat"
 
 
 def _require_fit(source: Source, config: RunConfig) -> None:

@@ -7,21 +7,65 @@ from pathlib import Path
 
 import pytest
 
+from stepaudio_train.cli import main
 from stepaudio_train.testing.reference_packages import has_reference
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def measure(tmp_path: Path, program: str, *arguments: str) -> list[dict]:
+    return measured(tmp_path, [str(BENCHMARKS / program), *arguments])
+
+
+def bench(tmp_path: Path, *arguments: str) -> list[dict]:
+    return measured(tmp_path, ["-m", "stepaudio_train.cli", "bench", *arguments])
+
+
+def measured(tmp_path: Path, arguments: list[str]) -> list[dict]:
     results = tmp_path / "results.json"
-    command = [sys.executable, BENCHMARKS / program, *arguments, "--json", str(results)]
+    command = [sys.executable, *arguments, "--json", str(results)]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads(results.read_text())["rows"]
 
 
+WAYS = {
+    "attention": ["ours", "SDPA, dense bias", "SDPA, causal alone", "Megatron-Core, no bias"],
+    "head": ["ours", "exponentials computed again", "logits, cross entropy"],
+    "step": ["ours: local", "ours: megatron", "transformers, padded", "transformers, packed", "Llama, padded"],
+}
+
+
+def test_ways_are_measured_in_turns(tmp_path: Path):
+    options = ("--rounds", "1", "--device", "cpu")
+    commands = [["bench", name, *options, "--json", str(tmp_path / f"{name}.json")] for name in WAYS]
+    # One process for all three: importing takes longest.
+    program = f"from stepaudio_train.cli import main; assert [main(command) for command in {commands!r}] == [0, 0, 0]"
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    for name, ways in WAYS.items():
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        assert all(row["ms"] > 0 and row["GFLOP/s"] > 0 and row["of the products"] > 0 for row in rows)
+        assert rows[0]["times ours"] == 1 and rows[-1]["what"] == "matrix products alone"
+        assert all(any(row["what"].startswith(way) for row in rows) for way in ways)
+    # Of the steps, Llama has other weights; the program itself compares the others' losses.
+    assert all(row["tokens/s"] > 0 and 8 < row["first loss"] < 9 for row in rows[:-1])
+
+
+def test_shards_need_their_text_tokenizer(capsys):
+    assert main(["bench", "loader", "--shards", "somewhere"]) == 2
+    assert "--text-tokenizer FILE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_conversion(tmp_path: Path):
+    sizes = ("model.hidden_size=64", "model.intermediate_size=128", "model.num_attention_heads=4")
+    rows = bench(tmp_path, "convert", "model=step1_debug", *sizes, "--folder", str(tmp_path))
+    assert len(rows) == 4 and all(row["seconds"] >= 0 and row["read GB"] > 0 for row in rows)
+
+
 def test_loader(tmp_path: Path):
-    rows = measure(tmp_path, "loader.py", "--batches", "2", "--rows", "2")
+    rows = bench(tmp_path, "loader", "--batches", "2", "--rows", "2")
     assert all(row["tokens/s"] > 0 and 99 <= row["fill %"] <= 100 for row in rows)
 
 
@@ -42,3 +86,12 @@ def test_tokenization(tmp_path: Path):
 def test_training_computes_what_the_baseline_does(tmp_path: Path):
     rows = measure(tmp_path, "training.py", "--steps", "6", "--only", "Trainer", "local", "training.sequence_length=64")
     assert len(rows) == 3  # the program itself compares the losses
+
+
+def test_packing_fills_rows_and_evens_ranks_out(tmp_path: Path):
+    rows = measure(tmp_path, "packing.py", "--documents", "8000", "--sequence-length", "4096")
+    fills = {way: min(row["fill %"] for row in rows if row["way"] == way) for way in {row["way"] for row in rows}}
+    assert fills["this project's, 4,096 waiting"] >= 99.8 > fills["as they come"]
+    dealt = json.loads((tmp_path / "results_ranks.json").read_text())["rows"]
+    told = [row for row in dealt if row["excess %"] is not None]
+    assert told and all(row["dealt"] < row["excess %"] for row in told)

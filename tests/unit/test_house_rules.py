@@ -23,6 +23,9 @@ EXTRAS = {
     "benchmarks": ["dev"],
     "stepaudio_train/engines/deepspeed": ["deepspeed"],
     "stepaudio_train/evaluation/speech_judges.py": ["judges"],
+    "stepaudio_train/models/step1/kernels": ["kernels"],
+    "stepaudio_train/models/step1/fused.py": ["gpu"],
+    "stepaudio_train/testing/triton_interpreter.py": ["kernels"],
     "stepaudio_train/data/recording_jobs.py": ["datasets"],
     "stepaudio_train/data/tokenize_workers.py": ["ray"],
 }

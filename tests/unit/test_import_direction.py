@@ -24,8 +24,9 @@ LEVELS = {
     "training": 7,
     "rollout": 7,
     "evaluation": 8,
-    "commands": 9,
-    "cli": 10,
+    "rlhf": 9,
+    "commands": 10,
+    "cli": 11,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

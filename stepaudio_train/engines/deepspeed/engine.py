@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult, blank_outputs, loss_of_all
-from stepaudio_train.engines.hf_model import exported, initial_adapters
+from stepaudio_train.engines.hf_model import initial_adapters, merged_weights
 from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.engines.process_group import join_process_group, own_device
 from stepaudio_train.models.step1.lora import adapter_parameters, adapters_off, base_parameters
@@ -32,6 +33,7 @@ class DeepSpeedEngine(Engine):
         self._owns_process_group = join_process_group(self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
+        self.data_parallel_group = dist.group.WORLD
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
         from stepaudio_train.engines.deepspeed.checkpoint import CheckpointIO
@@ -52,13 +54,15 @@ class DeepSpeedEngine(Engine):
         """Rank 0 alone asks for tensors, one at a time; what it raises, every rank raises."""
         self._assign(self._base, weights)
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        pairs = exported(self.config, self._base, self._adapters, self._zero.full)
-        return (pair for pair in pairs if self.is_main)
+    def full_weights(self, device: torch.device, every_replica: bool) -> Iterator[tuple[str, Tensor]]:
+        # Each rank is a replica, and has to help put every tensor together.
+        full = partial(self._zero.full, device=device)
+        pairs = merged_weights(self.config, self._base, self._adapters, full)
+        return (pair for pair in pairs if every_replica or self.is_main)
 
     def adapters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._adapters.items():
-            value = self._zero.full(parameter)
+            value = self._zero.full(parameter, torch.device("cpu"))
             if self.is_main:
                 yield name, value
 

@@ -28,6 +28,7 @@ from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.deepspeed.settings import deepspeed_config
 from stepaudio_train.engines.hf_model import adamw_options, optimizer_groups
 from stepaudio_train.models.step1.attention import alibi_slopes
+from stepaudio_train.models.step1.fused import fuse, takes_liger
 from stepaudio_train.models.step1.lora import add_adapters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 
@@ -69,6 +70,8 @@ class ZeroModel:
                 add_adapters(model, config.lora)
         # zero.Init has rounded the slopes to the weights' type.
         model.model.slopes = alibi_slopes(config.model.num_attention_heads).to(device)
+        if takes_liger(config.engine.fused_kernels, device):
+            fuse(model)
         groups = optimizer_groups(model, config.optimizer)
         self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         optimizer = torch.optim.AdamW(groups, **adamw_options(config.optimizer))
@@ -104,12 +107,12 @@ class ZeroModel:
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.nan
 
-    def full(self, parameter: nn.Parameter) -> Tensor:
-        """The whole master weight, a copy in fp32 on the CPU. Every rank must call it."""
+    def full(self, parameter: nn.Parameter, device: torch.device) -> Tensor:
+        """The whole master weight, a copy in fp32 on `device`. Every rank must call it."""
         if parameter.requires_grad:
-            return safe_get_full_fp32_param(parameter).to("cpu", torch.float32, copy=True)
+            return safe_get_full_fp32_param(parameter).to(device, torch.float32, copy=True)
         with self._whole(parameter):
-            return parameter.detach().to("cpu", torch.float32, copy=True)
+            return parameter.detach().to(device, torch.float32, copy=True)
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Of the whole parameter, wherever its parts lie."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
-from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult, blank_outputs, loss_of_all
+from stepaudio_train.engines.base import Engine, NonFiniteError, StepResult, T, blank_outputs, loss_of_all
 from stepaudio_train.engines.megatron import weights as weight_exchange
 from stepaudio_train.engines.megatron.adamw import AdamW
 from stepaudio_train.engines.megatron.checkpoint import CheckpointIO
@@ -25,6 +25,7 @@ from stepaudio_train.engines.megatron.cpu import redirect_cuda_to_cpu
 from stepaudio_train.engines.megatron.settings import ddp_config, transformer_config
 from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.engines.process_group import join_process_group, own_device
+from stepaudio_train.models.step1.fused import fuse, takes_liger
 from stepaudio_train.models.step1.megatron_spec import BiasCache, Step1MegatronModel
 from stepaudio_train.models.step1.weight_map import num_parameters
 from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs, needs_entropies
@@ -34,7 +35,10 @@ _LossFunction = Callable[[TokenOutputs, TokenBatch], tuple[Tensor, Tensor, Tenso
 
 
 class MegatronEngine(Engine):
-    """Joins the process group that torchrun's environment variables describe, and builds this rank's part."""
+    """Joins the process group that torchrun's environment variables describe, and builds this rank's part.
+
+    Several engines of one process share the layout of the first, which is closed last.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -45,19 +49,21 @@ class MegatronEngine(Engine):
             redirect_cuda_to_cpu()
         engine = config.engine
         self._transformer = transformer_config(config, self.device, self._dtype)
-        parallel_state.initialize_model_parallel(
-            engine.tensor_parallel,
-            engine.pipeline_parallel,
-            engine.virtual_pipeline if engine.virtual_pipeline > 1 else None,
-        )
+        # Another engine of this process, such as a critic's policy, has laid out the ranks already.
+        self._owns_layout = not parallel_state.model_parallel_is_initialized()
+        if self._owns_layout:
+            parallel_state.initialize_model_parallel(
+                engine.tensor_parallel,
+                engine.pipeline_parallel,
+                engine.virtual_pipeline if engine.virtual_pipeline > 1 else None,
+            )
         if self.device.type == "cuda":
             tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
-        self._is_first_of_replica = self.rank == min(
-            dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        )
+        self.data_parallel_group = parallel_state.get_data_parallel_group()
+        self._replica_main = min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
         # Micro-batches whose biases are needed again: those in flight in the pipeline.
         self._bias_cache = BiasCache(2 * engine.pipeline_parallel * engine.virtual_pipeline)
         self._padded_vocab = -(-config.model.vocab_size // engine.tensor_parallel) * engine.tensor_parallel
@@ -73,7 +79,7 @@ class MegatronEngine(Engine):
 
     @property
     def is_replica_main(self) -> bool:
-        return self._is_first_of_replica
+        return self.rank == self._replica_main
 
     def num_parameters(self) -> int:
         return num_parameters(self.config.model)
@@ -82,8 +88,16 @@ class MegatronEngine(Engine):
         weight_exchange.load(self._modules(), weights, self.config.model, self._padded_vocab)
         self._adamw.megatron.reload_model_params()
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return weight_exchange.export(self._modules(), self.config.model, self.device)
+    def full_weights(self, device: torch.device, every_replica: bool) -> Iterator[tuple[str, Tensor]]:
+        if self.data_parallel_rank and not every_replica:
+            return iter(())
+        return weight_exchange.full_weights(self._modules(), self.config.model, self._replica_main, self.device, device)
+
+    def from_replica_main(self, value: T) -> T:
+        box = [value]
+        group = parallel_state.get_model_parallel_group()
+        dist.broadcast_object_list(box, self._replica_main, group, self.device)
+        return box[0]
 
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         self._adamw.zero_grad()
@@ -146,7 +160,8 @@ class MegatronEngine(Engine):
 
     def close(self) -> None:
         self.finish_saving(wait=True)
-        parallel_state.destroy_model_parallel()
+        if self._owns_layout:
+            parallel_state.destroy_model_parallel()
         if self._owns_process_group:
             dist.destroy_process_group()
 
@@ -164,6 +179,8 @@ class MegatronEngine(Engine):
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         ).to(self.device)
+        if takes_liger(self.config.engine.fused_kernels, self.device):
+            fuse(model)
         # Buckets are for overlapping the first chunk's reduction with its backward.
         return DistributedDataParallel(
             self._transformer, ddp_config(self.config, self.device), model, disable_bucketing=index > 0

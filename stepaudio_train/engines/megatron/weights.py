@@ -24,12 +24,13 @@ def load(
         parameter.data.copy_(to_megatron(name, weights, model, rank, size, padded_vocab))
 
 
-def export(
-    chunks: Sequence[Step1MegatronModel], model: Step1Config, device: torch.device
+def full_weights(
+    chunks: Sequence[Step1MegatronModel], model: Step1Config, main: int, own_device: torch.device, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, full fp32 CPU tensor) on rank 0, nothing elsewhere. Every rank must iterate.
+    """Yield (Hugging Face name, full fp32 tensor on `device`) on the rank `main` of this replica, nothing on its other
+    ranks. All ranks of the replica must iterate.
 
-    One tensor at a time: rank 0 never holds more than that beside its own part of the model.
+    One tensor at a time: `main` never holds more than that beside its own part of the model.
     """
     own = _named_parameters(chunks)
     owners = _owners(own)
@@ -39,17 +40,17 @@ def export(
         for owner in owners[name]:
             if rank == owner:
                 shard = own[name].detach()
-                if rank == 0:
+                if rank == main:
                     # A copy, not a view of the parameter, which goes on changing.
-                    shards.append(shard.to("cpu", torch.float32, copy=True))
+                    shards.append(shard.to(device, torch.float32, copy=True))
                 else:
-                    dist.send(shard.contiguous(), dst=0)
-            elif rank == 0:
+                    dist.send(shard.contiguous(), dst=main)
+            elif rank == main:
                 shape, dtype = owners[name][owner]
-                received = torch.empty(shape, dtype=dtype, device=device)
+                received = torch.empty(shape, dtype=dtype, device=own_device)
                 dist.recv(received, src=owner)
-                shards.append(received.float().cpu())
-        if rank == 0:
+                shards.append(received.to(device, torch.float32))
+        if rank == main:
             yield from from_megatron(name, shards, model).items()
 
 
@@ -68,14 +69,14 @@ def _named_parameters(chunks: Sequence[Step1MegatronModel]) -> dict[str, nn.Para
 
 
 def _owners(own: Mapping[str, nn.Parameter]) -> dict[str, dict[int, tuple[torch.Size, torch.dtype]]]:
-    """Megatron name -> {rank: shape and dtype of its shard}, in tensor-parallel order, for the first replica."""
-    is_first_replica = parallel_state.get_data_parallel_rank() == 0
-    mine = {name: (p.shape, p.dtype) for name, p in own.items()} if is_first_replica else {}
-    gathered: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, mine)
+    """Megatron name -> {rank: shape and dtype of its shard}, in tensor-parallel order, for this replica."""
+    group = parallel_state.get_model_parallel_group()
+    ranks = dist.get_process_group_ranks(group)
+    gathered: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{} for _ in ranks]
+    dist.all_gather_object(gathered, {name: (p.shape, p.dtype) for name, p in own.items()}, group=group)
     owners: dict[str, dict[int, tuple[torch.Size, torch.dtype]]] = {}
     # Tensor-parallel ranks are neighbours and in order among the global ranks.
-    for rank, held in enumerate(gathered):
+    for rank, held in sorted(zip(ranks, gathered, strict=True)):
         for name, shape in held.items():
             owners.setdefault(name, {})[rank] = shape
     return owners

@@ -1,4 +1,4 @@
-"""Square-root ALiBi attention over packed documents: one function, three ways to compute it (paper 3.2).
+"""Square-root ALiBi attention over packed documents: one function, several ways to compute it (paper 3.2).
 
 Scores get the bias -slope_h * sqrt(i - j) for j <= i within a document; every other pair is masked. Backends:
 
@@ -6,13 +6,17 @@ Scores get the bias -slope_h * sqrt(i - j) for j <= i within a document; every o
 - `dense`: scaled_dot_product_attention with the bias as a tensor: has a backward on CPU;
 - `documents`: the same for one document at a time, so that pairs between documents are never computed: CPU, whole rows
   (a third of the time of `dense` for rows of 512 tokens with 6 documents each);
-- `flex`: FlexAttention with a block mask, so that tiles between documents are never computed: CUDA.
+- `flex`: FlexAttention with a block mask, so that tiles between documents are never computed: CUDA;
+- `triton`: the project's own kernels (kernels/, docs/kernels.md), where two heads share a root: CUDA, head dims 16, 32,
+  64 and 128.
 
 Shapes: R rows, T tokens, S keys, H query heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +27,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-Backend = Literal["reference", "dense", "documents", "flex"]
+log = logging.getLogger(__name__)
+
+Backend = Literal["reference", "dense", "documents", "flex", "triton"]
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -50,6 +56,8 @@ class AttentionBias:
     """`documents` only: tokens of each document, row after row."""
     block_mask: BlockMask | None = None
     """`flex` only."""
+    spans: tuple[Tensor, Tensor] | None = None
+    """`triton` only: first position of every position's document and first one behind it, [R, S] int32."""
 
 
 def build_attention_bias(
@@ -58,19 +66,25 @@ def build_attention_bias(
     dtype: torch.dtype,
     backend: Backend | Literal["auto"] = "auto",
     num_queries: int | None = None,
+    head_dim: int | None = None,
 ) -> AttentionBias:
     """Bias for queries that are the last `num_queries` of the S positions of `documents` [R, S] (all by default).
 
-    `auto` takes FlexAttention on CUDA for whole rows, `documents` on a CPU for whole rows that are packed, and the
-    dense bias elsewhere (FlexAttention has no backward on CPU, and one new token needs no block mask).
+    `auto` takes, on CUDA, the Triton kernels where they suit `dtype` and `head_dim`, which has to be given for it, and
+    else, for whole rows, FlexAttention; on a CPU `documents` for whole rows that are packed; and the dense bias
+    elsewhere (FlexAttention has no backward on CPU, and one new token needs no tiles).
     """
     num_keys = documents.shape[1]
     num_queries = num_keys if num_queries is None else num_queries
     if backend == "auto":
-        backend = _choose_backend(documents, num_queries)
+        backend = _choose_backend(documents, num_queries, dtype, head_dim)
     slopes = slopes.to(documents.device)
     if backend in ("documents", "flex") and num_queries != num_keys:
         raise ValueError(f"the {backend} backend takes whole rows; use backend='dense' with a key/value cache")
+    if backend == "triton":
+        from stepaudio_train.models.step1.kernels.launch import document_spans
+
+        return AttentionBias(backend, slopes, documents, spans=document_spans(documents))
     if backend == "flex":
         return AttentionBias(backend, slopes, documents, block_mask=_block_mask(documents))
     if backend == "documents":
@@ -95,6 +109,10 @@ def sqrt_alibi_attention(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias) -
     """
     if bias.backend == "documents":
         return _by_document(q, k, v, bias)
+    if bias.backend == "triton":
+        from stepaudio_train.models.step1.kernels.launch import sqrt_alibi_attention as attend
+
+        return attend(q, k, v, bias.slopes, *bias.spans)  # type: ignore[misc]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if bias.backend == "flex":
         out = _flex(q, k, v, bias)
@@ -112,7 +130,14 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-def _choose_backend(documents: Tensor, num_queries: int) -> Backend:
+def _choose_backend(documents: Tensor, num_queries: int, dtype: torch.dtype, head_dim: int | None) -> Backend:
+    if (
+        documents.is_cuda
+        and num_queries > 1
+        and head_dim is not None
+        and _kernels_suit(documents.device, dtype, head_dim)
+    ):
+        return "triton"
     if num_queries != documents.shape[1]:
         return "dense"
     if documents.is_cuda:
@@ -121,6 +146,20 @@ def _choose_backend(documents: Tensor, num_queries: int) -> Backend:
     steps = documents.diff(dim=1)
     packed = (steps > 0).sum() >= documents.shape[0] and not (steps < 0).any()
     return "documents" if packed else "dense"
+
+
+@cache
+def _kernels_suit(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the Triton kernels run there; if not, the log says once why."""
+    if importlib.util.find_spec("triton") is None:
+        reason: str | None = "triton is not installed"
+    else:
+        from stepaudio_train.models.step1.kernels.launch import why_unsuitable
+
+        reason = why_unsuitable(device, dtype, head_dim)
+    if reason is not None:
+        log.warning("attention without the Triton kernels: %s", reason)
+    return reason is None
 
 
 def _document_lengths(documents: Tensor) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.models.step1 import fused
 from stepaudio_train.models.step1.attention import (
     AttentionBias,
     alibi_slopes,
@@ -53,13 +54,13 @@ class BiasCache:
         self._max_entries = max_entries
         self._entries: OrderedDict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, AttentionBias]] = OrderedDict()
 
-    def get(self, documents: Tensor, slopes: Tensor, dtype: torch.dtype) -> AttentionBias:
-        """Bias for `documents` [R, T] int32 and `slopes` [heads of this rank]."""
+    def get(self, documents: Tensor, slopes: Tensor, dtype: torch.dtype, head_dim: int) -> AttentionBias:
+        """Bias for `documents` [R, T] int32, `slopes` [heads of this rank] and queries of `dtype` and `head_dim`."""
         key = (documents.data_ptr(), documents.shape, dtype)
         if key not in self._entries:
             if len(self._entries) == self._max_entries:
                 self._entries.popitem(last=False)
-            self._entries[key] = (documents, build_attention_bias(documents, slopes, dtype))
+            self._entries[key] = (documents, build_attention_bias(documents, slopes, dtype, head_dim=head_dim))
         return self._entries[key][1]
 
     def clear(self) -> None:
@@ -83,13 +84,16 @@ class SqrtAlibiCoreAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor, **_: object) -> Tensor:
         """query [T, R, heads, D], key and value [T, R, groups, D], documents [R, T] -> [T, R, heads * D]."""
-        bias = self._bias_cache.get(documents, self.slopes, query.dtype)
+        bias = self._bias_cache.get(documents, self.slopes, query.dtype, query.shape[-1])
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         return sqrt_alibi_attention(q, k, v, bias).transpose(0, 1).flatten(2)
 
 
 class SequenceParallelRMSNorm(nn.Module):
     """x / rms(x) * weight. Megatron's own wrapper of torch's norm refuses sequence parallelism."""
+
+    fused = False
+    """Set by models/step1/fused.py."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -99,6 +103,8 @@ class SequenceParallelRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return fused.rms_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.models.step1 import fused
 from stepaudio_train.models.step1.attention import (
     AttentionBias,
     alibi_slopes,
     build_attention_bias,
     sqrt_alibi_attention,
 )
+from stepaudio_train.models.step1.vocab_parallel import target_log_probs
 
 RELEASED_FIELDS = (
     "hidden_size",
@@ -55,12 +57,17 @@ class KVCache:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean of squares in float32 (in float64 for float64 inputs)."""
 
+    fused = False
+    """Set by models/step1/fused.py."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return fused.rms_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -86,6 +93,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
+    fused = False
+    """Set by models/step1/fused.py."""
+
     def __init__(self, config: Step1Config) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -93,6 +103,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return self.down_proj(fused.swiglu(self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -116,6 +128,7 @@ class Step1Model(nn.Module):
 
     def __init__(self, config: Step1Config) -> None:
         super().__init__()
+        self.head_dim = config.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -132,7 +145,8 @@ class Step1Model(nn.Module):
         # Under autocast the embedding stays fp32, but queries and keys do not; the bias has to match those.
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        bias = build_attention_bias(documents, self.slopes, dtype, num_queries=input_ids.shape[1])
+        num_queries = input_ids.shape[1]
+        bias = build_attention_bias(documents, self.slopes, dtype, num_queries=num_queries, head_dim=self.head_dim)
         for layer in self.layers:
             if recompute:
                 x = torch.utils.checkpoint.checkpoint(layer, x, bias, cache, use_reentrant=False)
@@ -201,7 +215,7 @@ class Step1ForCausalLM(nn.Module):
         """Log-probabilities as in `log_probs`; with `entropies`, those of the whole distributions in nats, 0 where not
         `wanted`; values of all tokens where there is a value head. [R, T] each."""
         hidden = self.model(input_ids, documents, recompute=recompute)
-        chosen = TargetLogProbs.apply(hidden[wanted], self.lm_head.weight, targets[wanted], entropies)
+        chosen = target_log_probs(hidden[wanted], self.lm_head.weight, targets[wanted], entropies=entropies)
         log_probs, found = (None if x is None else x.new_zeros(wanted.shape).masked_scatter(wanted, x) for x in chosen)
         return log_probs, found, self.value_head(hidden) if self.value_head is not None else None
 
@@ -242,65 +256,6 @@ class Step1ForCausalLM(nn.Module):
         (directory / "config.json").write_text(config, encoding="utf-8")
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-class TargetLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], and the softmax's entropy if asked for, a slice of tokens at a time,
-    never holding all the logits.
-
-    With respect to the logits the gradient of the first is onehot - p, that of the entropy H is -p * (log p + H); they
-    are folded into gradients of `hidden` and `weight` in the backward, which recomputes each slice.
-    """
-
-    CHUNK_TOKENS = 1024
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, entropies: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden [N, h], weight [V, h], targets [N] -> log-probabilities and entropies (or None), [N] float32."""
-        ctx.set_materialize_grads(False)
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        parts, norms, found = [], [], []
-        size = TargetLogProbs.CHUNK_TOKENS
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = _at_least_float32(linear(h, weight))
-            norm = logits.logsumexp(-1)
-            parts.append(logits.gather(1, t[:, None]).squeeze(1) - norm)
-            norms.append(norm)
-            if entropies:
-                all_log_probs = logits.sub_(norm[:, None])
-                found.append(-(all_log_probs.exp() * all_log_probs).sum(-1))
-        all_entropies = torch.cat(found) if entropies else None
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(norms), all_entropies)
-        return torch.cat(parts), all_entropies
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor | None, grad_entropies: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        if grad is None and grad_entropies is None:
-            return None, None, None, None
-        hidden, weight, targets, norms, entropies = ctx.saved_tensors
-        grad = torch.zeros_like(norms) if grad is None else grad
-        grad_hidden = torch.empty_like(hidden)
-        # A frozen head, as under adapters, has none.
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], TargetLogProbs.CHUNK_TOKENS):
-            part = slice(start, start + TargetLogProbs.CHUNK_TOKENS)
-            h, factors = hidden[part], -grad[part, None]
-            d_logits = _at_least_float32(linear(h, weight)).sub_(norms[part, None])
-            if grad_entropies is not None:
-                factors = factors - grad_entropies[part, None] * (d_logits + entropies[part, None])
-            d_logits.exp_().mul_(factors)
-            d_logits.scatter_add_(1, targets[part, None], grad[part, None])
-            d_logits = d_logits.to(weight.dtype)
-            grad_hidden[part] = d_logits @ weight
-            if grad_weight is not None:
-                grad_weight += d_logits.T @ h
-        return grad_hidden, grad_weight, None, None
 
 
 def read_released_config(directory: Path) -> Step1Config:

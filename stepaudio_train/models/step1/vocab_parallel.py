@@ -1,45 +1,67 @@
-"""Log-probabilities of target tokens, and entropies, from a vocabulary that tensor-parallel ranks share.
+"""Log-probabilities of target tokens, and entropies, straight from hidden states: all the logits never exist at once.
+
+Whole in one process, or with the vocabulary cut over tensor-parallel ranks. With respect to the logits, the gradient of
+a target's log-probability is onehot - p, that of the entropy H is -p * (log p + H). Objectives weight both as they like
+(DPO, PPO), so the gradients of hidden states and weight cannot be made before the loss is there. Between forward and
+backward e = exp(logit - row maximum) is kept where that is little, which costs 6 N h V FLOPs; otherwise the backward
+computes the logits again, slice by slice: 8 N h V.
 
 Shapes: N tokens, h hidden size, V vocabulary rows of this rank (padding not counted).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import linear
 
-# Elements of the logits that are worked on at a time: on a CPU what stays in a core's cache, on a GPU what is enough to
-# fill it.
+KEPT_BYTES = 2**28
+"""Exponentials up to this size are kept between forward and backward; more are computed again."""
+# A slice of the logits: on a CPU what stays in a core's cache, on a GPU what is enough to fill it. Of a large
+# vocabulary more than that, since every slice reads all of the weight and adds to all of its gradient.
 _CPU_CHUNK_ELEMENTS = 2**21
 _GPU_CHUNK_ELEMENTS = 2**26
+_MIN_CHUNK_TOKENS = 256
 
 
 def target_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, first_row: int, group: dist.ProcessGroup, entropies: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first_row: int = 0,
+    group: dist.ProcessGroup | None = None,
+    entropies: bool = False,
+    kept_bytes: int = KEPT_BYTES,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ W.T)[target] over the vocabulary of all ranks, and the softmax's entropy, in fp32.
+    """log softmax(hidden @ W.T)[target] over the vocabulary of all ranks, and the softmax's entropy.
 
     Args:
         hidden: [N, h], the same on all ranks of `group`; its gradient is this rank's part of the sum over ranks.
-        weight: [V, h], this rank's rows of W, without padding rows.
+        weight: [V, h], this rank's rows of W, without padding rows. Under autocast both are cast.
         targets: [N] int64, ids in the whole vocabulary.
         first_row: id of this rank's first row.
-
+        group: the ranks that share the vocabulary; None: `weight` is all of it.
         entropies: compute them too.
+        kept_bytes: exponentials of more bytes than this are computed again in the backward.
 
     Returns:
-        Log-probabilities [N] float32, and entropies [N] float32 in nats or None; the same on all ranks.
+        Log-probabilities [N], and entropies [N] in nats or None; float32 (float64 for float64), the same on all ranks.
     """
-    return _TargetLogProbs.apply(hidden, weight, targets, first_row, group, entropies)  # type: ignore[no-any-return]
+    return _TargetLogProbs.apply(hidden, weight, targets, first_row, group, entropies, kept_bytes)  # type: ignore[no-any-return]
+
+
+def chunk_tokens(num_rows: int, on_gpu: bool) -> int:
+    """Tokens whose logits for `num_rows` rows of the vocabulary are worked on at a time."""
+    return max(_MIN_CHUNK_TOKENS, (_GPU_CHUNK_ELEMENTS if on_gpu else _CPU_CHUNK_ELEMENTS) // num_rows)
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """Keeps one tensor of the logits' size, e = exp(logit - row maximum), in the dtype of `hidden`; its backward turns
-    that into the gradient in place. A probability is p = e * s, with s = exp(row maximum - log-sum-exp), and the
-    entropy's gradient -p * (log p + H) is made of e * log e."""
+    """A probability is p = e * s, with s = exp(row maximum - log-sum-exp); the entropy's gradient is made of
+    e * log e."""
 
     @staticmethod
     def forward(
@@ -48,38 +70,37 @@ class _TargetLogProbs(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         first_row: int,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         entropies: bool,
+        kept_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        num_tokens, num_rows = hidden.shape[0], weight.shape[0]
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
         local = targets - first_row
-        mine = (local >= 0) & (local < num_rows)
+        mine = (local >= 0) & (local < weight.shape[0])
         local = local.masked_fill(~mine, 0)
-        keep = any(ctx.needs_input_grad)
-        chunk = _chunk_tokens(hidden, num_rows)
-        exps = hidden.new_empty(num_tokens if keep else min(chunk, num_tokens), num_rows)
-        maxima, sums, own, e_log_e = hidden.new_empty(4, num_tokens, dtype=torch.float32).unbind()
-        for start in range(0, num_tokens, chunk):
-            part = slice(start, min(start + chunk, num_tokens))
-            kept = exps[part] if keep else exps[: part.stop - start]
-            # For fp32 the product lands where it is kept; lower precisions go through an fp32 chunk.
-            logits = torch.mm(hidden[part], weight.T, out=kept)
-            logits = logits.float()
+        trained = any(ctx.needs_input_grad)
+        keep = trained and hidden.shape[0] * weight.shape[0] * hidden.element_size() <= kept_bytes
+        kept = []
+        maxima, sums, own, e_log_e = hidden.new_empty(4, len(targets), dtype=_precise(hidden.dtype)).unbind()
+        for part in _parts(hidden, weight):
+            logits = linear(hidden[part], weight).to(maxima.dtype)
             own[part] = logits.gather(1, local[part, None]).squeeze(1)
             torch.amax(logits, 1, out=maxima[part])
-            logits.sub_(maxima[part, None]).exp_()
-            torch.sum(logits, 1, out=sums[part])
+            exps = logits.sub_(maxima[part, None]).exp_()
+            torch.sum(exps, 1, out=sums[part])
             if entropies:
-                torch.sum(torch.xlogy(logits, logits), 1, out=e_log_e[part])
-            if keep and logits is not kept:
-                kept.copy_(logits)
+                torch.sum(torch.xlogy(exps, exps), 1, out=e_log_e[part])
+            if keep:
+                kept.append(exps.to(hidden.dtype))
         norms = maxima + sums.log()
         found = sums.log() - e_log_e / sums if entropies else None
-        if group.size() > 1 and num_tokens:
+        if group is not None and group.size() > 1 and len(targets):
             norms, own, found = _combine(norms, own.masked_fill(~mine, 0.0), found, group)
-        if keep:
-            ctx.save_for_backward(hidden, weight, exps, maxima - norms, local, mine, found)
+        if trained:
+            ctx.save_for_backward(hidden, weight, maxima, norms, local, mine, found, *kept)
         return own - norms, found
 
     @staticmethod
@@ -87,25 +108,46 @@ class _TargetLogProbs(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad is None and grad_entropies is None:
-            return (None,) * 6
-        hidden, weight, exps, log_scales, local, mine, entropies = ctx.saved_tensors
-        grad = torch.zeros_like(log_scales) if grad is None else grad
+            return (None,) * 7
+        hidden, weight, maxima, norms, local, mine, entropies, *kept = ctx.saved_tensors
+        grad = torch.zeros_like(norms) if grad is None else grad
+        log_scales = maxima - norms
         factors = -grad * log_scales.exp()
         if grad_entropies is not None:
             of_e_log_e = -grad_entropies * log_scales.exp()
             factors = factors + of_e_log_e * (log_scales + entropies)
-        factors = factors[:, None]
-        own = torch.where(mine, grad, 0.0).to(exps.dtype)[:, None]
-        chunk = _chunk_tokens(hidden, weight.shape[0])
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            d_logits = exps[part]
-            more = torch.xlogy(d_logits, d_logits) if grad_entropies is not None else None
-            torch.mul(d_logits, factors[part], out=d_logits)
-            if more is not None:
-                d_logits += more.mul_(of_e_log_e[part, None])
-            d_logits.scatter_add_(1, local[part, None], own[part])
-        return exps @ weight, exps.T @ hidden, None, None, None, None
+        own = torch.where(mine, grad, 0.0)
+        grad_hidden = torch.empty_like(hidden)
+        # A frozen head, as under adapters, has none. Slices are added up in fp32.
+        grad_weight = torch.zeros_like(weight, dtype=norms.dtype) if ctx.needs_input_grad[1] else None
+        for index, part in enumerate(_parts(hidden, weight)):
+            exps = kept[index] if kept else linear(hidden[part], weight).to(norms.dtype).sub_(maxima[part, None]).exp_()
+            d_logits = exps * factors[part, None]
+            if grad_entropies is not None:
+                d_logits += torch.xlogy(exps, exps).mul(of_e_log_e[part, None])
+            d_logits.scatter_add_(1, local[part, None], own[part, None])
+            d_logits = d_logits.to(weight.dtype)
+            torch.mm(d_logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, d_logits.T, hidden[part])
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    num_tokens, size = hidden.shape[0], chunk_tokens(weight.shape[0], hidden.is_cuda)
+    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the dtype of `total`."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _combine(
@@ -120,7 +162,3 @@ def _combine(
     log_shares = each[0] - each[0].logsumexp(0)
     total = None if entropies is None else (log_shares.exp() * (each[2] - log_shares)).sum(0)
     return each[0].logsumexp(0), each[1].sum(0), total
-
-
-def _chunk_tokens(hidden: Tensor, num_rows: int) -> int:
-    return max(16, (_GPU_CHUNK_ELEMENTS if hidden.is_cuda else _CPU_CHUNK_ELEMENTS) // num_rows)

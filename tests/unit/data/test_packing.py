@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
@@ -29,22 +29,63 @@ def test_the_best_filling_is_found_exactly():
         assert chosen == sorted(set(chosen)) and chosen[0] == 0
 
 
-def test_rows_are_full_on_speech_lengths():
-    """Utterances of 0.4 to 4 s and long recordings, at 41.7 tokens a second: at least 99% of a row is used."""
-    random = np.random.default_rng(0)
-    cases = {
-        256: np.clip(random.lognormal(np.log(1.3), 0.4, 4000), 0.4, 4) * 41.7 + 12,
-        8192: np.clip(random.lognormal(np.log(12), 0.9, 4000), 0.5, 190) * 41.7 + 8,
-    }
-    for capacity, drawn in cases.items():
-        source = iter(drawn.astype(int).tolist())
-        waiting = [next(source) for _ in range(512)]
-        filled = []
-        for _ in range(300):
-            row = choose_row(waiting, capacity)
-            filled.append(sum(waiting[i] for i in row))
-            waiting = [n for i, n in enumerate(waiting) if i not in row] + [next(source) for _ in row]
-        assert np.mean(filled) / capacity >= 0.99
+def short(random: np.random.Generator, count: int) -> np.ndarray:
+    """Utterances of 0.4 to 4 s, at 41.7 tokens a second."""
+    return np.clip(random.lognormal(np.log(1.3), 0.4, count), 0.4, 4) * 41.7 + 12
+
+
+def speech(random: np.random.Generator, count: int) -> np.ndarray:
+    return np.clip(random.lognormal(np.log(6), 0.7, count), 1, 30) * 41.7 + 8
+
+
+def recordings(random: np.random.Generator, count: int) -> np.ndarray:
+    return np.clip(random.lognormal(np.log(12), 0.9, count), 0.5, 190) * 41.7 + 8
+
+
+def speech_and_text(random: np.random.Generator, count: int) -> np.ndarray:
+    text = np.clip(random.lognormal(np.log(450), 1.25, count // 2), 16, 40_000)
+    return random.permutation(np.concatenate([recordings(random, count // 2), text]))
+
+
+def stream(lengths: list[int], capacity: int, waiting: int) -> tuple[list[list[int]], list[int]]:
+    """Rows made while `waiting` documents wait, as indices into `lengths`; and those that still wait at the end."""
+    upcoming = iter(range(len(lengths)))
+    present = list(islice(upcoming, waiting))
+    rows = []
+    while len(present) == waiting:
+        row = choose_row([lengths[i] for i in present], capacity)
+        rows.append([present[place] for place in row])
+        for place in reversed(row):
+            del present[place]
+        present += islice(upcoming, len(row))
+    return rows, present
+
+
+@pytest.mark.parametrize("waiting", [512, 4096])
+@pytest.mark.parametrize(
+    ("drawn", "capacity", "least_fill"),
+    [
+        (short, 256, 0.99),
+        *((drawn, n, 0.998) for drawn in (speech, recordings, speech_and_text) for n in (4096, 32768)),
+    ],
+)
+def test_a_stream_fills_its_rows(drawn, capacity, least_fill, waiting):
+    lengths = drawn(np.random.default_rng(0), 6000).astype(int)
+    lengths = lengths[lengths <= capacity]
+    rows, left = stream(lengths.tolist(), capacity, waiting)
+    filled = [int(lengths[row].sum()) for row in rows]
+    assert max(filled) <= capacity and np.mean(filled) >= least_fill * capacity
+    assert sorted([i for row in rows for i in row] + left) == list(range(len(lengths))), "every document once"
+
+
+def test_rows_stay_mixed():
+    """Batches of neighbouring rows are no more alike inside than rows drawn at random."""
+    lengths = speech_and_text(np.random.default_rng(2), 12_000).astype(int)
+    lengths = lengths[lengths <= 4096]
+    rows, _ = stream(lengths.tolist(), 4096, 512)
+    squares = np.array([np.square(lengths[row]).sum() for row in rows], float)
+    batches = squares[: len(squares) // 8 * 8].reshape(-1, 8).mean(1)
+    assert batches.std() < 1.5 * squares.std() / np.sqrt(8)
 
 
 def test_a_finite_set_is_packed_without_loss():

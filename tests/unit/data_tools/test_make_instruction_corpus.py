@@ -16,6 +16,7 @@ import torch
 from data_tools.make_instruction_corpus import (
     BEAT_S,
     LANGUAGES,
+    QUESTION_FILES,
     VOICES,
     control_grid,
     make_instruction_corpus,
@@ -42,7 +43,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def splits(corpus) -> dict[str, list[Record]]:
     found = {}
-    for split in ("train", "validation", "test"):
+    for split in ("train", "validation", "test", *QUESTION_FILES):
         file = ConversationFile.read(corpus / f"{split}.jsonl", TagVocabulary())
         assert not file.refused
         found[split] = [record for _, record in file.records]
@@ -58,7 +59,9 @@ def test_every_conversation_is_of_its_task(splits):
 
 def test_splits_share_no_recording_and_tagged_texts_are_held_out(splits):
     heard = {split: {p.audio for r in records for p in r.audio_parts()} for split, records in splits.items()}
-    assert not heard["train"] & heard["test"] and not heard["train"] & heard["validation"]
+    assert sum(map(len, heard.values())) == len(set().union(*heard.values()))
+    assert {name: len(splits[name]) for name in QUESTION_FILES} == {"questions": 80, "held_out_questions": 30}
+    assert {record.task for name in QUESTION_FILES for record in splits[name]} == {"aqta"}
     said = {split: {r.meta["text"] for r in records if r.task == "tts"} for split, records in splits.items()}
     assert not (said["train"] | said["validation"]) & said["test"]
 

@@ -20,8 +20,8 @@ from stepaudio_train.config.schema import (
 )
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.local import LocalEngine
+from stepaudio_train.models.step1 import modeling
 from stepaudio_train.models.step1.initialise import InitialWeights
-from stepaudio_train.models.step1.modeling import TargetLogProbs
 from stepaudio_train.models.step1.weight_map import VALUE_HEAD
 from stepaudio_train.objectives.base import ObjectiveOutput, TokenOutputs
 from stepaudio_train.objectives.language_modelling import LanguageModelling
@@ -113,8 +113,13 @@ def test_a_loss_of_values_trains_the_head_and_what_is_under_it(batch):
 
 def test_language_modelling_asks_for_no_entropies_and_knows_no_values(batch, monkeypatch):
     seen = []
-    apply = TargetLogProbs.apply
-    monkeypatch.setattr(TargetLogProbs, "apply", lambda *arguments: seen.append(arguments[-1]) or apply(*arguments))
+    head = modeling.target_log_probs
+
+    def watched(*arguments, entropies):
+        seen.append(entropies)
+        return head(*arguments, entropies=entropies)
+
+    monkeypatch.setattr(modeling, "target_log_probs", watched)
     vocabulary = Vocabulary.from_config(VOCABULARY)
     with_head, without = build(), LocalEngine(replace(CONFIG, model=replace(MODEL, value_head=False)))
     without.load_weights(dict(with_head.export_weights()))

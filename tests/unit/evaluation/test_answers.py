@@ -200,3 +200,17 @@ def test_references_without_words_are_not_scored():
     assert score([Answered(silence, nothing)]) == {}
     scores = score([Answered(silence, nothing), Answered(word, Answer("two", None, True))])["tqta"]
     assert (scores.num, scores.exact, scores.wer) == (1, 100, 0)
+
+
+def test_written_answers_are_drawn_where_that_is_asked_for():
+    class Recorder:
+        def __init__(self) -> None:
+            self.temperatures: list[float] = []
+
+        def answer(self, samples, config, template, history, seeds):
+            self.temperatures.append(config.temperature)
+            return [Answer("one", None, True) for _ in samples]
+
+    model = Recorder()
+    answer_all(model, [heard("one"), spoken("two")], SamplingConfig(16, 0.7), "tts", "text", written_temperature=1.0)
+    assert model.temperatures == [1.0, 0.7]

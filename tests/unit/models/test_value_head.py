@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from stepaudio_train.config.schema import Step1Config
 from stepaudio_train.models.step1 import modeling
 from stepaudio_train.models.step1.initialise import InitialWeights
-from stepaudio_train.models.step1.modeling import Step1ForCausalLM, TargetLogProbs, ValueHead
+from stepaudio_train.models.step1.modeling import Step1ForCausalLM, ValueHead
 from stepaudio_train.models.step1.weight_map import VALUE_HEAD, checked, entries, hf_shapes, num_parameters, to_megatron
 
 PLAIN = Step1Config(
@@ -78,17 +78,6 @@ def test_gradients_equal_finite_differences(model, batch):
                 difference = (above - mixed()) / (2 * step)
                 flat[index] = before
             assert parameter.grad.view(-1)[index] == pytest.approx(float(difference), rel=1e-5, abs=1e-7), name
-
-
-@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
-def test_either_output_of_the_head_may_be_left_out(monkeypatch, used):
-    monkeypatch.setattr(TargetLogProbs, "CHUNK_TOKENS", 3)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 5, dtype=torch.float64, generator=generator).requires_grad_() for n in (7, 11))
-    targets = torch.arange(7)
-    assert torch.autograd.gradcheck(
-        lambda h, w: tuple(TargetLogProbs.apply(h, w, targets, True)[i] for i in used), (hidden, weight)
-    )
 
 
 def test_the_value_head_computes_in_float32_under_autocast():

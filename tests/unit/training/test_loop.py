@@ -57,6 +57,7 @@ def test_loss_falls_and_metrics_are_told_apart(straight):
     assert lines[-1]["loss"] < lines[0]["loss"]
     last = lines[-1]
     assert {"loss/text", "loss/linguistic", "loss/semantic", "tokens_per_s", "mfu", "learning_rate"} <= last.keys()
+    assert 0.5 < last["packing/fill"] <= 1 and last["packing/cost_max_over_mean"] == 1, "one rank is the mean"
 
 
 def test_resumed_run_repeats_the_straight_one_bit_for_bit(straight, tmp_path):

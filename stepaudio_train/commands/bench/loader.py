@@ -1,9 +1,6 @@
-"""Loader tokens/s and packing fill, on speech of made-up lengths and on token shards.
+"""`stepaudio bench loader`: tokens/s and packing fill, on speech of made-up lengths and on token shards.
 
-    .venv/bin/python benchmarks/loader.py [--sequence-length 8192] [--json FILE]
-    .venv/bin/python benchmarks/loader.py --shards corpora/tokens/train --text-tokenizer runs/tokenizer/text.model
-
-Without --shards, a folder of shards with random codes is written first. Fill is the share of a row that is no padding.
+Fill is the share of a row that is no padding.
 """
 
 from __future__ import annotations
@@ -11,14 +8,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting import parser, report
 
-from stepaudio_train.config.schema import BlendEntry, DataConfig
+from stepaudio_train.commands.bench.cases import document_tokens, num_groups, speech_durations_s
+from stepaudio_train.commands.bench.reporting import report
+from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.schema import BlendEntry, DataConfig, Task
 from stepaudio_train.data.loader import build_train_loader
 from stepaudio_train.data.packing import choose_rows
 from stepaudio_train.data.records import AudioPart, speech_record
@@ -29,44 +28,58 @@ from stepaudio_train.tokenizers.speech import SpeechTokens
 from stepaudio_train.tokenizers.text import TextTokenizer, train_text_tokenizer
 from stepaudio_train.tokenizers.vocabulary import Vocabulary
 
-_MEDIAN_S, _SPREAD, _LONGEST_S = 6.0, 0.7, 30.0
-"""Durations are log-normal, as those of segmented speech are, and cut at the longest."""
 _TEXT_SIZE = 400
 _MADE_SHARDS, _SAMPLES_PER_SHARD = 4, 250
 
 
-def main() -> None:
-    options = parser(__doc__.splitlines()[0])
-    options.add_argument("--shards", type=Path, help="folder written by `stepaudio tokenize`")
-    options.add_argument("--text-tokenizer", type=Path, help="needed with --shards")
-    options.add_argument("--sequence-length", type=int, default=4096, help="tokens of a row")
-    options.add_argument("--rows", type=int, default=8, help="rows of a batch")
-    options.add_argument("--batches", type=int, default=40, help="batches that are timed")
-    chosen = options.parse_args()
-    if chosen.shards and not chosen.text_tokenizer:
-        options.error("--shards needs --text-tokenizer FILE")
-    layout = (chosen.sequence_length, chosen.rows)
-    rows = [_packing(buffer, chosen.sequence_length) for buffer in (64, 512, 4096)]
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What `stepaudio bench loader` takes."""
+
+    shards: Path | None = None
+    """Folder written by `stepaudio tokenize`; None: one with random codes is made first."""
+    text_tokenizer: Path | None = None
+    """Needed with `shards`."""
+    sequence_length: int = 4096
+    rows: int = 8
+    """Of a batch."""
+    batches: int = 40
+    """That are timed."""
+    json: Path | None = None
+
+
+def bench_loader(options: LoaderOptions) -> int:
+    """Print and write the table; the exit status.
+
+    Raises:
+        UserError: shards without their text tokenizer.
+    """
+    if options.shards and not options.text_tokenizer:
+        raise UserError("--shards: needs the text tokenizer of the shards; type --text-tokenizer FILE")
+    layout = (options.sequence_length, options.rows)
+    rows = [_packing(buffer, options.sequence_length) for buffer in (64, 512, 4096)]
     with tempfile.TemporaryDirectory() as folder:
-        shards, tokenizer = chosen.shards, chosen.text_tokenizer
-        if shards is None:
+        shards, tokenizer = options.shards, options.text_tokenizer
+        if shards is None or tokenizer is None:
             shards, tokenizer = Path(folder, "shards"), Path(folder, "text.model")
             _make_shards(shards, tokenizer)
         vocabulary = Vocabulary(TextTokenizer.from_file(tokenizer).size)
-        rows.append(_loading("made-up tokens", DataConfig(), layout, chosen.batches, vocabulary, None))
-        blend = {task: BlendEntry(task=task, path=str(shards)) for task in ("asr", "tts", "continuation")}
+        rows.append(_loading("made-up tokens", DataConfig(), layout, options.batches, vocabulary, None))
+        tasks: tuple[Task, ...] = ("asr", "tts", "continuation")
+        blend = {task: BlendEntry(task=task, path=str(shards)) for task in tasks}
         config = DataConfig(source="shards", blend=blend, num_streams=2)
         for workers in (0, 1):
             name = f"token shards, {workers * config.num_streams} worker(s)"
             rows.append(
-                _loading(name, replace(config, num_workers=workers), layout, chosen.batches, vocabulary, tokenizer)
+                _loading(name, replace(config, num_workers=workers), layout, options.batches, vocabulary, tokenizer)
             )
-    report(f"Loading, rows of {chosen.sequence_length} tokens", rows, chosen.json)
+    report(f"Loading, rows of {options.sequence_length} tokens", rows, options.json)
+    return 0
 
 
 def _packing(buffer_samples: int, sequence_length: int) -> dict[str, Any]:
     """The choice of documents for rows alone."""
-    lengths = [5 * _num_groups(duration_s) + 6 for duration_s in _durations(buffer_samples, seed=0)]
+    lengths = [document_tokens(duration_s) for duration_s in speech_durations_s(buffer_samples)]
     usable = [length for length in lengths if length <= sequence_length]
     start = time.perf_counter()
     chosen = choose_rows(usable, sequence_length)
@@ -109,8 +122,8 @@ def _make_shards(folder: Path, text_tokenizer: Path) -> None:
 
 def _made_samples(shard: int, renderer: Renderer, stats: TokenStats) -> Iterator[ShardSample]:
     random = np.random.default_rng(shard)
-    for number, duration_s in enumerate(_durations(_SAMPLES_PER_SHARD, seed=shard)):
-        groups = _num_groups(duration_s)
+    for number, duration_s in enumerate(speech_durations_s(_SAMPLES_PER_SHARD, seed=shard)):
+        groups = num_groups(duration_s)
         codes = SpeechTokens(
             random.integers(0, 1024, 2 * groups, np.int32), random.integers(0, 4096, 3 * groups, np.int32)
         )
@@ -118,16 +131,3 @@ def _made_samples(shard: int, renderer: Renderer, stats: TokenStats) -> Iterator
         sample = TokenSample(record, {"0": codes})
         stats.add(sample, renderer)
         yield encode_token_sample(sample)
-
-
-def _durations(count: int, seed: int) -> np.ndarray:
-    drawn = np.random.default_rng(seed).lognormal(np.log(_MEDIAN_S), _SPREAD, count)
-    return np.clip(drawn, 0.5, _LONGEST_S)
-
-
-def _num_groups(duration_s: float) -> int:
-    return int(duration_s / 0.12)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,4 @@
-"""Conversion rate of each format, beside what the disk itself does with the same bytes in the same run; peak memory.
-
-    .venv/bin/python benchmarks/convert.py model=step1_3b [--folder DIR] [--json FILE]
+"""`stepaudio bench convert`: each format's rate, beside what the disk itself does with the same bytes; peak memory.
 
 Random weights go from Hugging Face layout to Megatron (TP=4 where the key heads allow it, PP=2), back, to DeepSpeed
 ZeRO-3 (8 ranks), and back. After every leg back the weights are compared with the first ones, byte for byte. The disk's
@@ -22,13 +20,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from reporting import parser, report
 
+from stepaudio_train.commands.bench.reporting import report
 from stepaudio_train.config.compose import load_config
+from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import PretrainConfig, Step1Config
 from stepaudio_train.convert.companions import write_companions
 from stepaudio_train.convert.huggingface_files import SafetensorsWriter
@@ -43,13 +43,25 @@ _LEGS = (
 )
 
 
-def main() -> None:
-    options = parser(__doc__.splitlines()[0])
-    options.add_argument("overrides", nargs="*", help="model=step1_3b, or fields of the model; default step1_60m")
-    options.add_argument("--folder", type=Path, help="where to write; default: the folder of temporary files")
-    chosen = options.parse_args()
-    model = load_config("pretrain", PretrainConfig, chosen.overrides or ["model=step1_60m"]).model
-    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+@dataclass(frozen=True)
+class ConvertBenchOptions:
+    """What `stepaudio bench convert` takes."""
+
+    overrides: tuple[str, ...] = ()
+    """Such as model=step1_3b; without any, the model of 60 million parameters."""
+    folder: Path | None = None
+    """Where to write; None: the folder of temporary files."""
+    json: Path | None = None
+
+
+def bench_convert(options: ConvertBenchOptions) -> int:
+    """Print and write the table; the exit status.
+
+    Raises:
+        UserError: a way there and back changed the weights.
+    """
+    model = load_config("pretrain", PretrainConfig, options.overrides or ["model=step1_60m"]).model
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         _make(folder / "hf", model)
         first = _digests(folder / "hf")
@@ -58,10 +70,11 @@ def main() -> None:
             tp = math.gcd(4, model.num_attention_groups)
             rows.append(_leg(folder / source, folder / destination, arguments.format(tp=tp).split()))
             if destination.startswith("hf") and _digests(folder / destination) != first:
-                raise SystemExit(f"{destination} holds other bytes than hf")
+                raise UserError(f"{destination} holds other bytes than hf: a conversion changes weights")
             if source != "hf":
                 shutil.rmtree(folder / source)
-    report("Conversion", rows, chosen.json)
+    report("Conversion", rows, options.json)
+    return 0
 
 
 def _make(folder: Path, model: Step1Config) -> None:
@@ -151,7 +164,3 @@ def _blocks(path: Path) -> Iterator[memoryview]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-if __name__ == "__main__":
-    main()

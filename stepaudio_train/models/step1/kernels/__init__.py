@@ -1,0 +1,1 @@
+"""Triton kernels of the language model, and the PyTorch operations that launch them (docs/kernels.md)."""

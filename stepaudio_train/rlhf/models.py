@@ -1,0 +1,140 @@
+"""The models around a policy that learns from rewards: critic, reference, reward model; all in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepaudio_train.config.errors import UserError
+from stepaudio_train.config.paths import latest_checkpoint
+from stepaudio_train.config.policy_runs import PolicyRunConfig, PpoRunConfig
+from stepaudio_train.config.schema import LoraConfig, ModelConfig, OptimizerConfig, Step1Config
+from stepaudio_train.config.sft import with_text_tokenizer
+from stepaudio_train.convert.sources import Source, open_source
+from stepaudio_train.data.batch import TokenBatch
+from stepaudio_train.data.extras import OLD_LOG_PROBS, OLD_VALUES, REFERENCE_LOG_PROBS
+from stepaudio_train.engines.base import Engine
+from stepaudio_train.engines.build import build_engine
+from stepaudio_train.objectives.base import TokenOutputs
+from stepaudio_train.training.run_directory import RunDirectory
+from stepaudio_train.training.weights import initialise
+
+SCORES = "reward_model"
+"""What the reward model says after each token; not an extra that an objective reads."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, and what judges it."""
+
+    policy: Engine
+    critic: Engine | None
+    """None: there is none, or it is the policy's own value head."""
+    reference: Engine | None
+    """None: there is none, or it is the policy without its adapters."""
+    reward: Engine | None
+    config: PolicyRunConfig
+
+    def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """What each says of this replica's rows, [R, T] each, by names in `TokenBatch.extras`, and SCORES. Every rank
+        calls it."""
+        micro_batches = batch.split(self.config.training.micro_batch_rows)
+        policy = self.policy.outputs(micro_batches)
+        found = {OLD_LOG_PROBS: _joined([outputs.log_probs for outputs in policy])}
+        if self.critic is not None:
+            found[OLD_VALUES] = _values(self.critic.outputs(micro_batches))
+        elif self.policy.config.model.value_head:
+            found[OLD_VALUES] = _values(policy)
+        if self.reference is not None:
+            reference = self.reference.outputs(micro_batches)
+            found[REFERENCE_LOG_PROBS] = _joined([outputs.log_probs for outputs in reference])
+        elif self.config.kl_coefficient > 0:
+            with self.policy.without_adapters():
+                reference = self.policy.outputs(micro_batches)
+            found[REFERENCE_LOG_PROBS] = _joined([outputs.log_probs for outputs in reference])
+        if self.reward is not None:
+            found[SCORES] = _values(self.reward.outputs(micro_batches))
+        return found
+
+
+@contextmanager
+def companions(config: PolicyRunConfig, policy: Engine, run: RunDirectory) -> Iterator[Models]:
+    """Start the models around the policy, with their weights, in the policy's layout. Every process enters it.
+
+    A critic whose weights a checkpoint of the run holds is left without any.
+    """
+    assert config.model.init is not None, "checked before"
+    with ExitStack() as leaving:
+
+        def started(init: str, value_head: bool, lora: LoraConfig | None, optimizer: OptimizerConfig) -> Engine:
+            sizes = open_source(Path(init)).model
+            fields = {name: getattr(sizes, name) for name in Step1Config.__dataclass_fields__}
+            model = ModelConfig(**{**fields, "init": init, "value_head": value_head})
+            engine = build_engine(replace(config, model=model, lora=lora, optimizer=optimizer))
+            leaving.callback(engine.close)
+            return engine
+
+        reward = reference = critic = None
+        if config.reward.model is not None:
+            reward = started(config.reward.model, True, None, config.optimizer)
+            initialise(reward, reward.config)
+        if config.kl_coefficient > 0 and config.lora is None:
+            reference = started(config.model.init, False, None, config.optimizer)
+            initialise(reference, reference.config)
+        if isinstance(config, PpoRunConfig) and config.critic.kind == "own":
+            critic = started(critic_init(config), True, config.lora, config.critic.optimizer)
+            if config.lora is not None or latest_checkpoint(run.checkpoints) is None:
+                initialise(critic, critic.config)
+        yield Models(policy, critic, reference, reward, config)
+
+
+def critic_init(config: PpoRunConfig) -> str:
+    """What an own critic begins with."""
+    init = config.critic.init or config.reward.model or config.model.init
+    assert init is not None, "checked before"
+    return init
+
+
+def model_problems(config: PolicyRunConfig) -> list[str]:
+    """A line for each model around the policy that does not fit it. No weight is read."""
+    config = with_text_tokenizer(config)
+    given = {"reward.model": config.reward.model}
+    if isinstance(config, PpoRunConfig):
+        given["critic.init"] = config.critic.init
+    problems = []
+    for key, folder in given.items():
+        if folder is None or not Path(folder).is_dir():
+            continue
+        try:
+            source = open_source(Path(folder))
+        except UserError as error:
+            problems.append(f"{key}={folder}: {error}")
+            continue
+        problems += [f"{key}={folder}: {problem}" for problem in _misfits(source, config)]
+        if key == "reward.model" and not source.model.value_head:
+            problems.append(f"{key}={folder}: has no value head; type the run directory of `stepaudio run reward`")
+    return problems
+
+
+def _misfits(source: Source, config: PolicyRunConfig) -> Iterator[str]:
+    theirs, ours = source.model.vocab_size, config.model.vocab_size
+    if theirs != ours:
+        yield f"has vocab_size={theirs}, the policy has model.vocab_size={ours}; it has to read the policy's ids"
+    tokenizer = config.vocabulary.text_tokenizer
+    if source.text_tokenizer is None or tokenizer is None or not Path(tokenizer).is_file():
+        return
+    if source.text_tokenizer.read_bytes() != Path(tokenizer).read_bytes():
+        yield f"has another text tokenizer than vocabulary.text_tokenizer={tokenizer}; it has to read the policy's ids"
+
+
+def _values(outputs: Sequence[TokenOutputs]) -> Tensor:
+    return _joined([one.values for one in outputs if one.values is not None])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
