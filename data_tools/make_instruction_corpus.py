@@ -5,7 +5,8 @@
 Writes OUT/{train,validation,test}.jsonl, conversations as docs/fine_tuning.md has them, and OUT/wav/*.wav. For
 tokenizers and pretraining, which should have heard the like: OUT/texts.txt, every line that the training conversations
 are written with, and OUT/manifest.jsonl, a share of their recordings with transcripts. For what learns from rewards:
-OUT/{questions,held_out_questions}.jsonl, more conversations of aqta.
+OUT/{questions,held_out_questions}.jsonl, more spoken questions, which leave it open whether a word or a sentence
+answers. In training one does as often as the other; in these files it is a sentence.
 
 | task | what is taught |
 |---|---|
@@ -98,8 +99,12 @@ PRONOUNCED |= {
 
 NUM_TTS, NUM_EDIT, NUM_ASR, NUM_AQTA = 5000, 600, 2200, 1600
 """Conversations of each kind at scale 1, over all splits."""
-QUESTION_FILES = {"questions": 1600, "held_out_questions": 600}
-"""Spoken questions that are in no split, at scale 1: those that a model was fine-tuned on teach it little more."""
+NUM_OPEN = 800
+"""Spoken questions of the training split at scale 1 that are answered in a word or in a sentence, by chance."""
+QUESTION_FILES = {"questions": 1200, "held_out_questions": 400}
+"""More of these at scale 1, in no split, answered in a sentence."""
+OPEN_PROMPT = "Answer in a word or in a sentence."
+SENTENCES = {"en": "it is {}", "zh": "是{}"}
 
 
 Line = tuple[str, str, str, AskedTag | None]
@@ -220,12 +225,19 @@ class ConversationMaker:
             yield self._edit(f"{split}_edit_{number}", text, language, name, asked)
         for number in tqdm(range(round(share * NUM_ASR)), f"{split}: say", leave=False):
             yield self._asr(f"{split}_asr_{number}")
-        yield from self.questions(f"{split}_aqta", round(share * NUM_AQTA))
+        for number in tqdm(range(round(share * NUM_AQTA)), f"{split}: ask", leave=False):
+            yield self._aqta(f"{split}_aqta_{number}")
 
-    def questions(self, name: str, count: int) -> Iterator[Record]:
-        """Spoken questions with written answers."""
+    def open_questions(self, name: str, count: int, sentences: float) -> Iterator[Record]:
+        """Spoken questions that a word may answer or a sentence, and a share of them answered in one."""
         for number in tqdm(range(count), f"{name}: ask", leave=False):
-            yield self._aqta(f"{name}_{number}")
+            record = self._aqta(f"{name}_{number}")
+            asked = record.messages[-2]
+            answer = "".join(part.text for part in record.messages[-1].content if isinstance(part, TextPart))
+            if self._rng.random() < sentences:
+                answer = in_a_sentence(answer)
+            turns = (_turn("system", OPEN_PROMPT), asked, _turn("assistant", answer))
+            yield replace(record, messages=turns)
 
     def tqta(self) -> Iterator[Record]:
         """Every question, written."""
@@ -273,6 +285,11 @@ class ConversationMaker:
             pass
         self._said.add(utterance)
         return utterance
+
+
+def in_a_sentence(answer: str) -> str:
+    """A word as a whole sentence of its language."""
+    return SENTENCES["en" if answer.isascii() else "zh"].format(answer)
 
 
 def voice_line(name: str) -> str:
@@ -334,12 +351,13 @@ def make_instruction_corpus(directory: Path, scale: float, seed: int) -> dict[st
         lines = grid if split == "test" else [draw_line(rng, held_out) for _ in range(round(share * scale * NUM_TTS))]
         splits[split] = list(maker.conversations(split, lines, share * scale))
     splits["train"] += maker.tqta()
+    splits["train"] += maker.open_questions("train_open", round(scale * NUM_OPEN), 0.5)
     for split, records in splits.items():
         # The loss on the first held-out conversations is to be one of every task.
         rng.shuffle(records)  # type: ignore[arg-type]
         _write_records(records, directory / f"{split}.jsonl")
     for name, count in QUESTION_FILES.items():
-        _write_records(maker.questions(name, round(scale * count)), directory / f"{name}.jsonl")
+        _write_records(maker.open_questions(name, round(scale * count), 1.0), directory / f"{name}.jsonl")
     _write_manifest(splits["train"], directory / "manifest.jsonl")
     texts = (
         part.text for one in splits["train"] for m in one.messages for part in m.content if isinstance(part, TextPart)

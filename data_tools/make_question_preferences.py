@@ -1,11 +1,11 @@
-"""Preferences of right answers to spoken questions over wrong ones.
+"""Preferences of right answers in a sentence to spoken questions: over the bare word, and over wrong sentences.
 
     python -m data_tools.make_question_preferences INSTRUCTIONS OUT --seed 0
 
 Takes what `data_tools.make_instruction_corpus` writes: INSTRUCTIONS/{questions,held_out_questions}.jsonl, questions
 that fine-tuning does not see. Writes OUT/{preferences,held_out_preferences}.jsonl, a line for each question. The right
-answer is chosen. Every other line rejects a near miss, a number one or two away or the word that the question names;
-the others any wrong answer in the same language. The category of a line says which.
+answer in a sentence is chosen. Three lines of four reject the bare word, the others a wrong sentence in the same
+language. The category of a line says which.
 """
 
 from __future__ import annotations
@@ -21,52 +21,46 @@ from typing import Any
 import numpy as np
 
 from data_tools.make_hearing_corpus import with_names
-from data_tools.make_instruction_corpus import NUMBERS, OPPOSITES, QUESTION_FILES
+from data_tools.make_instruction_corpus import QUESTION_FILES, in_a_sentence, questions
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.data.files import write_atomically
 from stepaudio_train.data.pair_lines import pair_to_json
 from stepaudio_train.data.records import Message, Record, TextPart, read_records
 
-NEAR, FAR = "near miss", "other answer"
-_WIDEST_MISS = 2
+WORD, WRONG = "bare word", "wrong answer"
+_LINES_OF_WRONG = 4
+"""One line of so many rejects a wrong answer."""
 
 
 def question_preferences(records: Sequence[Record], seed: int) -> Iterator[dict[str, Any]]:
     """Lines of preferences, one of each record.
 
     Args:
-        records: conversations of spoken questions with the written answers of `make_instruction_corpus`.
+        records: conversations of spoken questions with the written sentences of `make_instruction_corpus`.
 
     Raises:
         UserError: a record whose last turn is no such answer.
     """
     rng = np.random.default_rng(seed)
+    words = {in_a_sentence(word): word for word in _answers()}
     for number, record in enumerate(records):
         last = record.messages[-1]
         right = "".join(part.text for part in last.content if isinstance(part, TextPart))
-        near, others = wrong_answers(right)
-        if last.role != "assistant" or not near:
+        if last.role != "assistant" or right not in words:
             raise UserError(
-                f"{record.id}: does not end with an answer of data_tools.make_instruction_corpus: {right!r}"
+                f"{record.id}: does not end with a sentence of data_tools.make_instruction_corpus: {right!r}"
             )
-        category, wrong = ((NEAR, near), (FAR, others))[number % 2]
-        rejected = Message("assistant", (TextPart(wrong[rng.integers(len(wrong))]),))
+        others = [other for other in words if other != right and other.isascii() == right.isascii()]
+        wrong = others[rng.integers(len(others))]
+        category, text = (WRONG, wrong) if number % _LINES_OF_WRONG == 0 else (WORD, words[right])
+        rejected = Message("assistant", (TextPart(text),))
         prompt = replace(record, messages=record.messages[:-1])
         yield pair_to_json(prompt, last, rejected, category, right)
 
 
-def wrong_answers(right: str) -> tuple[list[str], list[str]]:
-    """Near misses of an answer, and every wrong answer in its language; none of either where it is no answer."""
-    words = dict(pair for one, other in OPPOSITES for pair in ((one, other), (other, one)))
-    if right in words:
-        return [words[right]], [word for word in [*words, *NUMBERS["en"]] if word != right]
-    for language, names in NUMBERS.items():
-        if right in names:
-            place = names.index(right)
-            near = names[max(0, place - _WIDEST_MISS) : place + _WIDEST_MISS + 1]
-            every = [*names, *(words if language == "en" else ())]
-            return [name for name in near if name != right], [name for name in every if name != right]
-    return [], []
+def _answers() -> list[str]:
+    """Every word that answers a question."""
+    return sorted({answer for _, _, answer in questions()})
 
 
 def main() -> None:

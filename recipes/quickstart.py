@@ -42,7 +42,7 @@ NUM_PROCESSES = 2
 ROW_TOKENS = (256, 512, 1024, 2048)
 """Row lengths to choose from. What is longer than a row is not trained on."""
 TOKENS_PER_STEP = 2048
-RESERVE_S = 150.0
+RESERVE_S = 180.0
 """Kept for evaluation and report when it is decided how long the rest may learn."""
 LEAST_SHARE = 0.25
 """Of the steps that are asked for, on the slowest machine."""
@@ -50,9 +50,9 @@ SFT_TOKENS = 840_000
 """Of the conversations at scale 1, rows filled up and recordings' encoding counted in."""
 DECODER_STEP_TOKENS = {"flow_encoder_steps": 1300, "flow_steps": 4300, "vocoder_steps": 1600}
 """What stage 3 learns in the time of such a step."""
-PREFERENCE_STEP_TOKENS = {"reward_steps": 4000, "ppo_steps": 12000}
+PREFERENCE_STEP_TOKENS = {"reward_steps": 4000, "ppo_steps": 13000}
 """As `DECODER_STEP_TOKENS`."""
-WARMUP_SHARE = 1 / 8
+WARMUP_SHARE = 1 / 9
 """Of PPO's steps, in which the critic learns alone."""
 MOST_JOINED = 4
 
@@ -78,6 +78,9 @@ def _run_all(config: QuickstartConfig, run: Path, parts: Parts) -> None:
     parts.run("evaluate", [*stepaudio, "run", "evaluate", *settings])
     if config.corpus is None:
         _fine_tuning(config, run, parts, stepaudio)
+        if config.until_fine_tuned:
+            sys.stdout.write(f"fine-tuned: {run}/sft; without until_fine_tuned the same command goes on from here\n")
+            return
         _preferences(config, run, parts, stepaudio)
     _sound(config, run, parts, stepaudio)
     results = QuickstartResults.read(run, parts.seconds)
@@ -222,7 +225,7 @@ def _sound(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[st
         folders["answers"] = "answers"
     else:
         folders |= {"corpus": "prepared", "tokens": "tokens", "model_dir": "stage3/export"}
-    heard = [*(f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()), seed]
+    heard = [*(f"{key}={quoted(str(run / folder))}" for key, folder in folders.items()), seed, "temperature=0"]
     # DNSMOS hears nine seconds of each clip, which takes most of the time of judging.
     parts.run("speech", [*stepaudio, "run", "evaluate_decoder", *heard, "judges.quality=none"])
 

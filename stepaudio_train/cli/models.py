@@ -230,7 +230,8 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         "  stepaudio plan experiment=pretrain_130b_stage1 --gpus 2048 --gpu h800",
     )
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes to configs/RECIPE.yaml")
-    parser.add_argument("--recipe", choices=("pretrain", "sft"), help="whose configuration (default pretrain)")
+    recipes = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
+    parser.add_argument("--recipe", choices=recipes, help="whose configuration (default pretrain)")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks in all (default: one model replica)")
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a device; says whether it fits")
     parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the resolved configuration as YAML")

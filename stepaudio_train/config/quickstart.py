@@ -38,16 +38,18 @@ class QuickstartConfig:
     """The third stage is where the model learns to recognise and to speak."""
     sft_epochs: float = 5.0
     """How often fine-tuning goes through the conversations."""
-    reward_steps: int = 200
+    reward_steps: int = 120
     """Of the reward model. No effect with `corpus`."""
-    ppo_steps: int = 60
+    ppo_steps: int = 32
     """Of the policy that learns from it, the critic's warm-up counted in. No effect with `corpus`."""
     flow_encoder_steps: int = 800
     """Of the speech decoder's flow, before its network learns."""
     flow_steps: int = 250
     """Of the flow's network."""
-    vocoder_steps: int = 1000
-    minutes: float = 25.0
+    vocoder_steps: int = 800
+    until_fine_tuned: bool = False
+    """End behind the fine-tuning, without preferences, sound and report. Not with `corpus`."""
+    minutes: float = 28.0
     """What all parts together may take. If the machine is too slow for that, stage 3 and what comes behind it get fewer
     steps."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,6 +63,10 @@ def quickstart_problems(config: QuickstartConfig) -> list[str]:
     steps = (*stages, "reward_steps", "ppo_steps", "flow_encoder_steps", "flow_steps", "vocoder_steps")
     positive = ("corpus_minutes", "joined_s", "minutes", *steps)
     problems = [f"{key}={getattr(config, key)}: must be over 0" for key in positive if getattr(config, key) <= 0]
+    if config.until_fine_tuned and config.corpus is not None:
+        problems.append(
+            f"until_fine_tuned=true: corpus={config.corpus} is not fine-tuned on; type until_fine_tuned=false"
+        )
     if config.join_max is not None and config.join_max < 1:
         problems.append(f"join_max={config.join_max}: must be at least 1; type join_max=1 for no joining")
     return problems

@@ -77,8 +77,8 @@ class RewardResults:
         before, after = self.before.right, self.after.right
         return {
             "reward_accuracy": round(100 * sum(right) / len(right), 2),
-            "ppo_score_before": round(100 * before.mean(), 2),
-            "ppo_score_after": round(100 * after.mean(), 2),
+            "ppo_score_before": round(100 * float(before.mean()), 2),
+            "ppo_score_after": round(100 * float(after.mean()), 2),
             "ppo_score_after_shuffled_audio": round(self.after.exchanged_exact, 2),
             # Each question's two answers are compared: what is hard is hard for both.
             "ppo_gain_standard_error": round(100 * _standard_error(after - before), 2),

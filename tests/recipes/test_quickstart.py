@@ -75,11 +75,11 @@ def test_a_changed_recording_changes_the_fingerprint(quickstart, tmp_path):
     ("corpus", "tokens_per_s", "spent_s", "share"),
     [
         ("mine", 1e6, 60, 1.0),
-        # 1.43 million tokens at stage 3, 3.44 million in the time of the speech decoder's steps; 1.6 times this speed.
-        ("mine", 2000, 140, 0.6),
+        # 1.43 million tokens at stage 3, 3.4 million in the time of the speech decoder's steps; 1.6 times this speed.
+        ("mine", 2000, 140, 0.58),
         ("mine", 300, 600, 0.25),
-        # What is made here is fine-tuned on as well: 4.2 million tokens.
-        (None, 2000, 140, 0.32),
+        # What is made here is fine-tuned on as well, 4.2 million tokens, and preferred, 0.9 million.
+        (None, 2000, 140, 0.28),
         (None, 8000, 140, 1.0),
     ],
 )
@@ -107,7 +107,7 @@ def test_the_whole_of_it_on_a_tiny_corpus(tmp_path, source):
     """Minutes, and of no quality: that all parts fit together, that it is done once, and what it leaves."""
     run = tmp_path / "run"
     options = [f"run_dir={run}", "tokenizer_steps=30", "stage1_steps=4", "stage2_steps=4", "stage3_steps=12"]
-    options += ["flow_encoder_steps=4", "flow_steps=4", "vocoder_steps=4"]
+    options += ["reward_steps=4", "ppo_steps=4", "flow_encoder_steps=4", "flow_steps=4", "vocoder_steps=4"]
     if source == "espeak":
         options += ["corpus_minutes=2", "heldout_speaker=en-us+m1", "instruction_scale=0.03", "sft_epochs=0.5"]
     else:
@@ -133,7 +133,10 @@ def test_the_whole_of_it_on_a_tiny_corpus(tmp_path, source):
     assert "Three stages" in report
     fine_tuned = ("sft_asr_wer", "aqta_exact", "aqta_exact_shuffled_audio", "speed_control_spearman")
     assert [name in summary for name in fine_tuned] == [source == "espeak"] * len(fine_tuned)
-    assert ("Fine-tuning on conversations" in report) == (source == "espeak")
+    rewarded = ("reward_accuracy", "ppo_score_before", "ppo_score_after", "ppo_gain_standard_error")
+    assert [name in summary for name in rewarded] == [source == "espeak"] * len(rewarded)
+    for title in ("Fine-tuning on conversations", "Learning from preferences"):
+        assert (title in report) == (source == "espeak")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0
     assert again.stdout.count("done before") == len(summary["minutes_per_part"])

@@ -1,4 +1,4 @@
-"""Every pair is a right answer and a wrong one of the same language; half of the wrong ones are near misses."""
+"""Right sentences are chosen over the bare word, and over wrong sentences of the same language."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_tools import make_question_preferences
-from data_tools.make_instruction_corpus import NUMBERS, QUESTION_FILES, questions
-from data_tools.make_question_preferences import FAR, NEAR, question_preferences, wrong_answers
+from data_tools.make_instruction_corpus import QUESTION_FILES
+from data_tools.make_question_preferences import WORD, WRONG, question_preferences
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.data.preference_files import PreferenceFile
 from stepaudio_train.data.prompts import question_record
@@ -20,24 +20,19 @@ def asked(number: int, answer: str) -> Record:
     return question_record(f"q{number}", AudioPart(f"wav/{number}.wav", text="what is it"), answer)
 
 
-def test_wrong_answers_are_wrong_and_of_the_language():
-    english, chinese = wrong_answers("eight"), wrong_answers("零")
-    assert english[0] == ["six", "seven", "nine"] and "eight" not in english[1] and {"zero", "left"} < set(english[1])
-    assert chinese == (["一", "二"], list(NUMBERS["zh"][1:]))
-    near, others = wrong_answers("right")
-    assert near == ["left"] and "right" not in others and {"up", "three"} < set(others)
-    assert wrong_answers("perhaps") == ([], [])
-    assert all(wrong_answers(answer)[0] for _, _, answer in questions())
-
-
-def test_near_misses_and_others_take_turns():
-    pairs = list(question_preferences([asked(n, "five") for n in range(40)], seed=0))
-    assert [pair["category"] for pair in pairs] == [NEAR, FAR] * 20
+def test_sentences_are_chosen_over_words_and_over_what_is_wrong():
+    pairs = list(question_preferences([asked(n, "it is five") for n in range(40)], seed=0))
+    assert [pair["category"] for pair in pairs] == [WRONG, WORD, WORD, WORD] * 10
     rejected = [pair["rejected"]["content"][0]["text"] for pair in pairs]
-    assert set(rejected[::2]) == {"three", "four", "six", "seven"} and len(set(rejected[1::2])) > 5
-    assert {pair["chosen"]["content"][0]["text"] for pair in pairs} == {pair["reference"] for pair in pairs} == {"five"}
-    assert pairs != list(question_preferences([asked(n, "five") for n in range(40)], seed=1))
-    with pytest.raises(UserError, match="q7: does not end with an answer of .*'maybe'"):
+    wrong = rejected[::4]
+    assert {text for n, text in enumerate(rejected) if n % 4} == {"five"}
+    assert len(set(wrong)) > 5 and "it is five" not in wrong and all(text.startswith("it is ") for text in wrong)
+    chosen = {pair["chosen"]["content"][0]["text"] for pair in pairs}
+    assert chosen == {pair["reference"] for pair in pairs} == {"it is five"}
+    assert pairs != list(question_preferences([asked(n, "it is five") for n in range(40)], seed=1))
+    (chinese,) = question_preferences([asked(0, "是五")], seed=0)
+    assert chinese["rejected"]["content"][0]["text"][0] == "是"
+    with pytest.raises(UserError, match="q7: does not end with a sentence of .*'maybe'"):
         list(question_preferences([asked(7, "maybe")], seed=0))
 
 
@@ -54,7 +49,7 @@ def test_the_command_names_recordings_as_its_files_have_them(tmp_path: Path, mon
         run()
     assert "questions.jsonl" in capsys.readouterr().err
     for name in QUESTION_FILES:
-        (tmp_path / "made" / f"{name}.jsonl").write_text(json.dumps(record_to_json(asked(1, "two"))) + "\n")
+        (tmp_path / "made" / f"{name}.jsonl").write_text(json.dumps(record_to_json(asked(1, "it is two"))) + "\n")
     assert run().count("1 preferences in ") == 2
     for name in ("preferences", "held_out_preferences"):
         file = PreferenceFile.read(tmp_path / "out" / f"{name}.jsonl")
