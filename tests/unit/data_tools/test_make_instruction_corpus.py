@@ -60,8 +60,12 @@ def test_every_conversation_is_of_its_task(splits):
 def test_splits_share_no_recording_and_tagged_texts_are_held_out(splits):
     heard = {split: {p.audio for r in records for p in r.audio_parts()} for split, records in splits.items()}
     assert sum(map(len, heard.values())) == len(set().union(*heard.values()))
-    assert {name: len(splits[name]) for name in QUESTION_FILES} == {"questions": 220, "held_out_questions": 30}
+    assert {name: len(splits[name]) for name in QUESTION_FILES} == {"questions": 60, "held_out_questions": 20}
     assert {record.task for name in QUESTION_FILES for record in splits[name]} == {"aqta"}
+    answers = [record.messages[-1].content[0].text for name in QUESTION_FILES for record in splits[name]]
+    assert all(answer.startswith(("it is ", "是")) for answer in answers)
+    either = [r.messages[-1].content[0].text for r in splits["train"] if r.id.startswith("train_open")]
+    assert 0.2 < sum(answer.startswith(("it is ", "是")) for answer in either) / len(either) < 0.8
     said = {split: {r.meta["text"] for r in records if r.task == "tts"} for split, records in splits.items()}
     assert not (said["train"] | said["validation"]) & said["test"]
 
