@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.make_hearing_corpus import with_names
+from data_tools.make_hearing_corpus import noisy_copies, with_names
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.data.files import write_atomically
 from stepaudio_train.data.pair_lines import pair_to_json
@@ -30,19 +30,13 @@ def deaf_probes(records: Sequence[Record]) -> Iterator[dict[str, Any]]:
     """Lines of preferences, one of each clear recording.
 
     Raises:
-        UserError: there is none, or it has no copy in noise.
+        UserError: there is none, or one has no copy in noise.
     """
-    by_id = {record.id: record for record in records}
-    clear = [record for record in records if record.meta.get("condition") == "clear"]
-    if not clear:
-        raise UserError("no conversation has meta.condition clear, as data_tools.make_hearing_corpus writes it")
-    for record in clear:
-        question = record.id.removesuffix("#clear")
-        noisy = by_id.get(f"{question}#noisy")
-        if noisy is None:
-            raise UserError(f"{record.id}: needs its copy {question}#noisy in the same file")
-        prompt = replace(record, id=f"{question}#probe", messages=record.messages[:-1])
-        yield pair_to_json(prompt, record.messages[-1], noisy.messages[-1], CATEGORY, None)
+    noisy = noisy_copies(records)
+    for record in records:
+        if record.id in noisy:
+            prompt = replace(record, id=f"{record.id}#probe", messages=record.messages[:-1])
+            yield pair_to_json(prompt, record.messages[-1], noisy[record.id].messages[-1], CATEGORY)
 
 
 def main() -> None:

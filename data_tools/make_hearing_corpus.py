@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from stepaudio_train.audio import AudioError, read_audio
 from stepaudio_train.audio.conditions import CONDITIONS, Condition, in_condition
 from stepaudio_train.audio.features import SAMPLE_RATE_HZ
+from stepaudio_train.config.errors import UserError
 from stepaudio_train.data.chat import task_of
 from stepaudio_train.data.conversation_files import ConversationFile, Worker, encode_conversations
 from stepaudio_train.data.files import write_atomically
@@ -184,6 +185,23 @@ def spoken_language(record: Record) -> str:
     if language not in DID_NOT_HEAR:
         raise ValueError("its language cannot be told; name it in `language` of its recording")
     return language
+
+
+def noisy_copies(records: Sequence[Record]) -> dict[str, Record]:
+    """Id of each clear record -> the same question in noise.
+
+    Raises:
+        UserError: no record is clear, or one has no copy in noise.
+    """
+    by_id = {record.id: record for record in records}
+    clear = [record.id for record in records if record.meta.get("condition") == "clear"]
+    if not clear:
+        raise UserError("no conversation has meta.condition clear, as data_tools.make_hearing_corpus writes it")
+    copies = {id: f"{id.removesuffix('#clear')}#noisy" for id in clear}
+    alone = [id for id, copy in copies.items() if copy not in by_id]
+    if alone:
+        raise UserError(f"{alone[0]}: needs its copy {copies[alone[0]]} in the same file")
+    return {id: by_id[copy] for id, copy in copies.items()}
 
 
 def with_names(record: Record, folder: Path, output: Path) -> Record:

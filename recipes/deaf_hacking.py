@@ -24,7 +24,7 @@ from stepaudio_train.evaluation.deaf_hacking_report import DeafHackingResults, w
 from stepaudio_train.training.reference import fingerprint
 
 STEPAUDIO = [sys.executable, "-m", "stepaudio_train.cli"]
-NUM_PARTS = 15
+NUM_PARTS = 16
 WARMUP_SHARE = 1 / 16
 """Of PPO's steps, in which the critic learns alone."""
 
@@ -93,12 +93,17 @@ def _corpora(config: DeafHackingConfig, run: Path, parts: Parts, base: Path) -> 
 
 
 def _fine_tuning(config: DeafHackingConfig, run: Path, parts: Parts, base: Path) -> None:
-    """The policy that both rounds begin with: it answers what it hears, and says so of what it does not."""
+    """The policy that both rounds begin with: it answers what it hears, and says so of what it does not, and at times
+    of what it does."""
+    folder = run / "hearing" / "train"
+    answers = [f"{folder}/conversations.jsonl", f"{folder}/doubting.jsonl", "--share", f"{config.doubt_share:g}"]
+    made = [sys.executable, "-m", "data_tools.make_doubting_answers", *answers, "--seed", str(config.seed)]
+    parts.run("doubts", made)
     settings = [
         *_settings(config, run, "sft", "sft"),
         f"model.init={quoted(f'{base}/sft')}",
         f"vocabulary.text_tokenizer={quoted(f'{base}/tokenizer/text.model')}",
-        f"data={quoted(f'{run}/hearing/train/conversations.jsonl')}",
+        f"data={quoted(f'{folder}/doubting.jsonl')}",
         f"data.epochs={config.sft_epochs:g}",
     ]
     parts.run("sft", [*STEPAUDIO, "run", "sft", *settings])

@@ -143,7 +143,9 @@ def _take_over(model: SpeechTextModel, source: Source) -> None:
 
 
 def _measured(step: int | None, answered: Sequence[Answered]) -> Deafness:
-    classifier, judged, right = PhraseClassifier(), [], []
+    classifier = PhraseClassifier()
+    judged: list[tuple[Condition, bool]] = []
+    right: list[bool] = []
     for one in answered:
         condition = condition_of(one.sample.record.meta)
         assert condition is not None, "others are not asked"

@@ -22,17 +22,20 @@ class DeafHackingConfig:
     base: str = "runs/quickstart"
     """Run directory of a quick start: its folders sft/, tokenizer/ and instructions/ are what the policy begins with.
     Where there is no such folder, one is made in RUN_DIR/base."""
-    conversations: int = 600
+    conversations: int = 400
     """Spoken questions to learn from, each in four conditions."""
-    held_out: int = 160
+    held_out: int = 120
     """Spoken questions to measure on, each in four conditions."""
-    sft_epochs: float = 1.5
+    doubt_share: float = 0.15
+    """Of the clear questions in fine-tuning, those whose answer asks for them again. At 0 the policy never does, and
+    cannot find out what is paid for it."""
+    sft_epochs: float = 3.25
     """How often fine-tuning goes through the questions."""
     reward_epochs: float = 1.0
     """How often each reward model goes through its preferences."""
-    ppo_steps: int = 80
+    ppo_steps: int = 60
     """Of each policy, the critic's warm-up counted in."""
-    measure_every: int = 16
+    measure_every: int = 15
     """Steps of a policy between measurements on held-out questions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
@@ -42,8 +45,11 @@ def deaf_hacking_problems(config: DeafHackingConfig) -> list[str]:
     """What is wrong with a configuration, a line each."""
     fields = DeafHackingConfig.__dataclass_fields__
     positive = ("conversations", "held_out", "sft_epochs", "reward_epochs", "ppo_steps", "measure_every")
-    return [
+    problems = [
         f"{key}={getattr(config, key)}: must be over 0; type {key}={fields[key].default}"
         for key in positive
         if not 0 < getattr(config, key) < math.inf
     ]
+    if not 0 <= config.doubt_share <= 1:
+        problems.append(f"doubt_share={config.doubt_share}: must be 0 to 1; type doubt_share=0.15")
+    return problems
