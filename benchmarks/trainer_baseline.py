@@ -22,7 +22,7 @@ from stepaudio_train.config.compose import load_config
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.data.loader import build_train_loader
 from stepaudio_train.models.step1.initialise import InitialWeights
-from stepaudio_train.tokenizers.vocabulary import Vocabulary
+from stepaudio_train.tokenizers.vocabulary import PAD_ID, Vocabulary
 
 
 class _Rows(Dataset):
@@ -40,7 +40,7 @@ class _Rows(Dataset):
             batch = loader.next_batch()
             targets = batch.targets.masked_fill(batch.loss_weights == 0, IGNORED)
             labels = pad(targets, (1, 0), value=IGNORED)[:, :-1]
-            self.tokens_per_step.append(int((batch.input_ids != 0).sum()))
+            self.tokens_per_step.append(int((batch.input_ids != PAD_ID).sum()))
             for row in range(batch.num_rows):
                 self.rows.append(
                     {"input_ids": batch.input_ids[row], "labels": labels[row], "documents": batch.documents[row]}

@@ -4,7 +4,7 @@
 
 Takes what `data_tools.make_instruction_corpus` writes: INSTRUCTIONS/{questions,held_out_questions}.jsonl, questions
 that fine-tuning does not see. Writes OUT/{preferences,held_out_preferences}.jsonl, a line for each question. The right
-answer in a sentence is chosen. Three lines of four reject the bare word, the others a wrong sentence in the same
+answer in a sentence is chosen. Five lines of six reject the bare word, the others a wrong sentence in the same
 language. The category of a line says which.
 """
 
@@ -28,7 +28,7 @@ from stepaudio_train.data.pair_lines import pair_to_json
 from stepaudio_train.data.records import Message, Record, TextPart, read_records
 
 WORD, WRONG = "bare word", "wrong answer"
-_LINES_OF_WRONG = 4
+_LINES_OF_WRONG = 6
 """One line of so many rejects a wrong answer."""
 
 

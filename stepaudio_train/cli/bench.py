@@ -45,7 +45,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "convert",
         _convert,
         "conversion between all formats and back, beside the disk alone",
-        needs="disk space for five times the weights.",
+        needs="disk space for six times the weights.",
         example="stepaudio bench convert model=step1_3b --folder /data",
     )
     convert.add_argument(

@@ -19,6 +19,8 @@ from stepaudio_train.config.checks import layout_problems
 from stepaudio_train.config.compose import load_config, save_config
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.gpus import GPUS, GpuName
+from stepaudio_train.config.policy_runs import GrpoRunConfig, PolicyRunConfig, PpoRunConfig
+from stepaudio_train.config.preference_runs import DpoRunConfig, RewardConfig
 from stepaudio_train.config.schema import PretrainConfig, RunConfig
 from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.training.planner.search import Cluster
@@ -26,8 +28,15 @@ from stepaudio_train.training.planner.search import Cluster
 if TYPE_CHECKING:
     from stepaudio_train.training.plan import RunPlan
 
-Recipe = Literal["pretrain", "sft"]
-_CONFIGS: dict[Recipe, type[RunConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig}
+Recipe = Literal["pretrain", "sft", "reward", "dpo", "ppo", "grpo"]
+_CONFIGS: dict[Recipe, type[RunConfig]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoRunConfig,
+    "ppo": PpoRunConfig,
+    "grpo": GrpoRunConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,11 @@ def show_plan(options: PlanOptions) -> int:
 def _search(options: PlanOptions, config: RunConfig) -> int:
     if options.world_size is not None:
         raise UserError("--world-size plans one layout and --gpus searches for the best: type one of them")
+    if isinstance(config, PolicyRunConfig):
+        raise UserError(
+            f"--gpus: knows what a training step takes, not what drawing answers does; type --world-size to plan one "
+            f"layout of {options.recipe}"
+        )
     assert options.gpus is not None
     gpu, rate = GPUS[options.gpu], options.checkpoint_gb_per_s
     return show_layouts(
@@ -130,13 +144,14 @@ def _show(console: Console, plan: RunPlan) -> None:
         f"{plan.micro_batches} micro-batch(es) a step on each",
         soft_wrap=True,
     )
-    columns = ("stage", "parameters", "weights", "gradients", "optimizer", "buffers", "activations", "runtime", "total")
+    states = ("weights", "gradients", "optimizer", "buffers")
+    columns = ("stage", "parameters", *states, "activations", "models", "runtime", "total", "host")
     rows = [
         (
             str(stage.stage),
             _count(stage.parameters),
             *(_gib(n) for n in (stage.weights, stage.gradients, stage.optimizer, stage.buffers)),
-            *(_gib(n) for n in (stage.activations, stage.runtime, stage.total, stage.host)),
+            *(_gib(n) for n in (stage.activations, stage.models, stage.runtime, stage.total, stage.host)),
         )
         for stage in plan.stages
     ]
@@ -144,10 +159,11 @@ def _show(console: Console, plan: RunPlan) -> None:
     said = {
         "stage": len(plan.stages) > 1,
         "buffers": any(stage.buffers for stage in plan.stages),
+        "models": any(stage.models for stage in plan.stages),
         "host": any(stage.host for stage in plan.stages),
     }
-    shown = [index for index, column in enumerate((*columns, "host")) if said.get(column, True)]
-    table = Table(*((*columns, "host")[i] for i in shown), box=SIMPLE, pad_edge=False, padding=0)
+    shown = [index for index, column in enumerate(columns) if said.get(column, True)]
+    table = Table(*(columns[i] for i in shown), box=SIMPLE, pad_edge=False, padding=0)
     for column in table.columns:
         column.justify = "right"
     for row in rows:

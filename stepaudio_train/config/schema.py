@@ -99,8 +99,9 @@ class EngineConfig:
     """Model chunks per pipeline rank (interleaved schedule). Needs pipeline_parallel > 1 when over 1."""
     recompute: Literal["none", "selective", "full"] = "none"
     fused_kernels: Literal["auto", "liger", "none"] = "auto"
-    """Who computes norms and SwiGLU. auto: liger-kernel on CUDA where it is installed, PyTorch elsewhere. On a GPU
-    `megatron` has a fused SwiGLU of its own."""
+    """Who computes norms and SwiGLU. auto: liger-kernel on CUDA where it is installed, but norms only of a hidden size
+    of 8192 and more, below which PyTorch's are faster; PyTorch elsewhere. On a GPU `megatron` has a fused SwiGLU of its
+    own."""
     distributed_optimizer: bool = True
     """Adam's states cut over the data-parallel ranks. `megatron` only; `deepspeed` always cuts them."""
     zero_stage: Literal[1, 2, 3] = 3

@@ -37,7 +37,39 @@ class NonFiniteError(UserError):
     """The loss or the gradient of a step is not finite. Raised on every rank, before any weight is changed."""
 
 
-class Engine(ABC):
+class Judge(ABC):
+    """A model that is asked and does not learn, such as a reference or a reward model: cut over the ranks like the
+    engine of its configuration, without gradients and optimizer."""
+
+    config: RunConfig
+    device: torch.device
+
+    @abstractmethod
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set all weights from Hugging Face names -> full tensors. `weights` may build each tensor when it is asked
+        for; an engine asks only for what its rank holds. A value head that is not among them begins as zeros.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: a shape does not fit; the message names the tensor and both shapes.
+        """
+
+    @abstractmethod
+    def outputs(self, micro_batches: Sequence[TokenBatch], entropies: bool = False) -> list[TokenOutputs]:
+        """What the model says of this data-parallel rank's own micro-batches, one by one, without gradients: reference
+        log-probabilities, rewards, values. On the engine's device, and the same on all ranks of a replica, each of
+        which must call it with the same micro-batches; all replicas with as many.
+
+        Args:
+            entropies: compute them too.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave process groups, so that the program ends without warnings."""
+
+
+class Engine(Judge):
     """A model, its optimizer and where they live.
 
     Layouts change speed and memory, never results: same weights and batches give the same losses, but for rounding.
@@ -45,8 +77,6 @@ class Engine(ABC):
     joins them.
     """
 
-    config: RunConfig
-    device: torch.device
     rank: int
     world_size: int
     data_parallel_rank: int
@@ -67,16 +97,6 @@ class Engine(ABC):
     @abstractmethod
     def num_parameters(self) -> int:
         """Parameters of the whole model, without padding."""
-
-    @abstractmethod
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Set all weights from Hugging Face names -> full tensors. `weights` may build each tensor when it is asked
-        for; an engine asks only for what its rank holds. A value head that is not among them begins as zeros.
-
-        Raises:
-            KeyError: a tensor is missing.
-            ValueError: a shape does not fit; the message names the tensor and both shapes.
-        """
 
     @abstractmethod
     def full_weights(self, device: torch.device, every_replica: bool) -> Iterator[tuple[str, Tensor]]:
@@ -125,16 +145,6 @@ class Engine(ABC):
         """Metrics summed over this step's global batch, without gradients; the same on every rank."""
 
     @abstractmethod
-    def outputs(self, micro_batches: Sequence[TokenBatch], entropies: bool = False) -> list[TokenOutputs]:
-        """What the model says of this data-parallel rank's own micro-batches, one by one, without gradients: reference
-        log-probabilities, rewards, values. On the engine's device, and the same on all ranks of a replica, each of
-        which must call it with the same micro-batches; all replicas with as many.
-
-        Args:
-            entropies: compute them too.
-        """
-
-    @abstractmethod
     def save(self, directory: Path, background: bool = False) -> None:
         """Write weights and optimizer state into an existing empty directory. Every rank must call it.
 
@@ -160,10 +170,6 @@ class Engine(ABC):
     @abstractmethod
     def any_rank(self, flag: bool) -> bool:
         """True everywhere if `flag` is true on any rank."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Leave process groups, so that the program ends without warnings."""
 
 
 def blank_outputs(config: RunConfig, batch: TokenBatch, objective: Objective) -> TokenOutputs:

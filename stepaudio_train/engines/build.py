@@ -6,7 +6,7 @@ import importlib.util
 
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import RunConfig
-from stepaudio_train.engines.base import Engine
+from stepaudio_train.engines.base import Engine, Judge
 
 
 def build_engine(config: RunConfig) -> Engine:
@@ -15,10 +15,19 @@ def build_engine(config: RunConfig) -> Engine:
     Raises:
         UserError: it needs a package that is not installed.
     """
+    return _built(config, trained=True)
+
+
+def build_judge(config: RunConfig) -> Judge:
+    """The model of `build_engine` alone, which does not learn. Raises what that does."""
+    return _built(config, trained=False)
+
+
+def _built(config: RunConfig, trained: bool) -> Engine:
     if config.engine.name == "megatron":
         from stepaudio_train.engines.megatron.engine import MegatronEngine
 
-        return MegatronEngine(config)
+        return MegatronEngine(config, trained)
     if config.engine.name == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(
@@ -26,7 +35,8 @@ def build_engine(config: RunConfig) -> Engine:
             )
         from stepaudio_train.engines.deepspeed.engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(config)
+        return DeepSpeedEngine(config, trained)
     from stepaudio_train.engines.local import LocalEngine
 
+    # Gradients and Adam's states come with its first step.
     return LocalEngine(config)

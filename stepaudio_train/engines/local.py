@@ -25,7 +25,7 @@ from stepaudio_train.engines.hf_model import (
     optimizer_groups,
 )
 from stepaudio_train.engines.precision import choose_device, choose_dtype
-from stepaudio_train.models.step1.fused import fuse, takes_liger
+from stepaudio_train.models.step1.fused import fuse, liger_parts
 from stepaudio_train.models.step1.lora import adapter_parameters, adapters_off, add_adapters, base_parameters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.models.step1.weight_map import checked, hf_shapes, num_parameters
@@ -54,8 +54,7 @@ class LocalEngine(Engine):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(self.dtype)
         self.model.to(self.device)
-        if takes_liger(config.engine.fused_kernels, self.device):
-            fuse(self.model)
+        fuse(self.model, liger_parts(config.engine.fused_kernels, self.device, config.model.hidden_size))
         self._base, self._adapters = base_parameters(self.model), adapter_parameters(self.model)
         if config.lora is not None:
             for name, value in initial_adapters(config, config.lora):

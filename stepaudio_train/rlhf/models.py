@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -10,16 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepaudio_train.config.checks import layout_problems
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.paths import latest_checkpoint
 from stepaudio_train.config.policy_runs import PolicyRunConfig, PpoRunConfig
-from stepaudio_train.config.schema import LoraConfig, ModelConfig, OptimizerConfig, Step1Config
+from stepaudio_train.config.schema import ModelConfig, Step1Config
 from stepaudio_train.config.sft import with_text_tokenizer
 from stepaudio_train.convert.sources import Source, open_source
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.data.extras import OLD_LOG_PROBS, OLD_VALUES, REFERENCE_LOG_PROBS
-from stepaudio_train.engines.base import Engine
-from stepaudio_train.engines.build import build_engine
+from stepaudio_train.engines.base import Engine, Judge
+from stepaudio_train.engines.build import build_engine, build_judge
 from stepaudio_train.objectives.base import TokenOutputs
 from stepaudio_train.training.run_directory import RunDirectory
 from stepaudio_train.training.weights import initialise
@@ -35,9 +37,9 @@ class Models:
     policy: Engine
     critic: Engine | None
     """None: there is none, or it is the policy's own value head."""
-    reference: Engine | None
+    reference: Judge | None
     """None: there is none, or it is the policy without its adapters."""
-    reward: Engine | None
+    reward: Judge | None
     config: PolicyRunConfig
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -68,36 +70,37 @@ def companions(config: PolicyRunConfig, policy: Engine, run: RunDirectory) -> It
 
     A critic whose weights a checkpoint of the run holds is left without any.
     """
-    assert config.model.init is not None, "checked before"
     with ExitStack() as leaving:
 
-        def started(init: str, value_head: bool, lora: LoraConfig | None, optimizer: OptimizerConfig) -> Engine:
-            sizes = open_source(Path(init)).model
-            fields = {name: getattr(sizes, name) for name in Step1Config.__dataclass_fields__}
-            model = ModelConfig(**{**fields, "init": init, "value_head": value_head})
-            engine = build_engine(replace(config, model=model, lora=lora, optimizer=optimizer))
-            leaving.callback(engine.close)
-            return engine
+        def judge(init: str | None, value_head: bool) -> Judge:
+            started = build_judge(replace(config, model=_model_of(init, config, value_head), lora=None))
+            leaving.callback(started.close)
+            initialise(started, started.config)
+            return started
 
         reward = reference = critic = None
         if config.reward.model is not None:
-            reward = started(config.reward.model, True, None, config.optimizer)
-            initialise(reward, reward.config)
+            reward = judge(config.reward.model, value_head=True)
         if config.kl_coefficient > 0 and config.lora is None:
-            reference = started(config.model.init, False, None, config.optimizer)
-            initialise(reference, reference.config)
+            reference = judge(config.model.init, value_head=False)
         if isinstance(config, PpoRunConfig) and config.critic.kind == "own":
-            critic = started(critic_init(config), True, config.lora, config.critic.optimizer)
+            init = config.critic.init or config.reward.model or config.model.init
+            model = _model_of(init, config, value_head=True)
+            critic = build_engine(replace(config, model=model, optimizer=config.critic.optimizer))
+            leaving.callback(critic.close)
             if config.lora is not None or latest_checkpoint(run.checkpoints) is None:
                 initialise(critic, critic.config)
         yield Models(policy, critic, reference, reward, config)
 
 
-def critic_init(config: PpoRunConfig) -> str:
-    """What an own critic begins with."""
-    init = config.critic.init or config.reward.model or config.model.init
-    assert init is not None, "checked before"
-    return init
+def _model_of(init: str | None, config: PolicyRunConfig, value_head: bool) -> ModelConfig:
+    """Others than the policy's weights have their own sizes; these have the policy's, which may have grown their
+    vocabulary."""
+    if init is None or init == config.model.init:
+        return replace(config.model, value_head=value_head)
+    sizes = open_source(Path(init)).model
+    fields = {name: getattr(sizes, name) for name in Step1Config.__dataclass_fields__}
+    return ModelConfig(**{**fields, "init": init, "value_head": value_head})
 
 
 def model_problems(config: PolicyRunConfig) -> list[str]:
@@ -123,6 +126,12 @@ def model_problems(config: PolicyRunConfig) -> list[str]:
 
 def _misfits(source: Source, config: PolicyRunConfig) -> Iterator[str]:
     theirs, ours = source.model.vocab_size, config.model.vocab_size
+    sizes = {name: getattr(source.model, name) for name in Step1Config.__dataclass_fields__}
+    laid_out = replace(config, model=replace(config.model, **{**sizes, "vocab_size": ours}))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    # What the policy breaks too is told of the policy.
+    told = layout_problems(config, world_size)
+    yield from (problem for problem in layout_problems(laid_out, world_size) if problem not in told)
     if theirs != ours:
         yield f"has vocab_size={theirs}, the policy has model.vocab_size={ours}; it has to read the policy's ids"
     tokenizer = config.vocabulary.text_tokenizer

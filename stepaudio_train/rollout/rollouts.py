@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stepaudio_train.config.errors import ConfigError
+from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.rollout import RolloutConfig, rollout_problems
 from stepaudio_train.engines.base import Engine
 from stepaudio_train.engines.precision import choose_dtype
@@ -109,8 +109,8 @@ class RolloutModel:
         return self._generator.weights()
 
     def answer(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:
-        """Answers to this replica's own prompts, in their order, the same on all its ranks, each of which calls it.
-        An answer depends on its prompt, its seed and the weights, not on the other prompts.
+        """Answers to this replica's own prompts, in their order, the same on all its ranks. Every rank of every
+        replica calls it. An answer depends on its prompt, its seed and the weights, not on the other prompts.
 
         Args:
             prompts: token ids, at least one each.
@@ -119,6 +119,7 @@ class RolloutModel:
         Raises:
             ValueError: an empty prompt, or another number of seeds than of prompts.
             RuntimeError: there was no `refresh` yet.
+            UserError: another replica's answers failed.
         """
         if not self._has_weights:
             raise RuntimeError("RolloutModel.answer: has no weights yet; call refresh(engine) first")
@@ -129,8 +130,12 @@ class RolloutModel:
             except Exception as error:  # the other ranks wait for what came of it
                 found = error
         found = self._engine.from_replica_main(found)
+        # The replicas wait for each other's answers too.
+        failed = self._engine.any_rank(isinstance(found, Exception))
         if isinstance(found, Exception):
             raise found
+        if failed:
+            raise UserError("another replica could not draw its answers; the log of its first rank says why")
         return found
 
     def _answered(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Rollout]:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _STEPS = 2
 """The optimizer's states come with the first step's update: the second one is the first that has everything."""
-_PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "runtime", "host")
+_PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "models", "runtime", "host")
 
 
 class MemoryLog:

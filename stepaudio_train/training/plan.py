@@ -33,10 +33,14 @@ data-parallel size, for DeepSpeed all ranks). Read out of the engines, and check
                 compute type where that is no more than 256 MiB; the head's gradient as it is made, in fp32, where it is
                 trained (models/step1/vocab_parallel.py). Gradients that are not there at the step's first loss are not
                 counted twice
+    models      of PPO and GRPO: critic, reference, reward model and the one that draws answers (plan_models.py). They
+                compute one after the other, so activations are the policy's. How many micro-batches a step has follows
+                from the answers; planned as if each had a row of its own, which is the most
     runtime     an assumed 2 GiB on a GPU for the CUDA context, NCCL's buffers and fragmentation
 
 Not counted: host memory while a model is built (local, ZeRO-1 and 2: 4p in every process, before it goes to the GPU),
-what oneDNN takes on a CPU, checkpoints while they are written.
+what oneDNN takes on a CPU, checkpoints while they are written, keys and values of the answers that PPO and GRPO draw at
+once.
 
 `engine.device=auto` is planned as a GPU, since one plans on another machine than one trains on.
 """
@@ -47,10 +51,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from stepaudio_train.config.checks import data_parallel_size
+from stepaudio_train.config.policy_runs import PolicyRunConfig
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.models.step1.weight_map import num_parameters
 from stepaudio_train.training.plan_activations import activation_bytes
-from stepaudio_train.training.plan_states import base_elements, rank_states
+from stepaudio_train.training.plan_models import companion_states
+from stepaudio_train.training.plan_states import States, base_elements, rank_states
 
 _RUNTIME_BYTES = 2 * 2**30
 # A search plans hundreds of layouts of one model.
@@ -70,6 +76,8 @@ class StagePlan:
     buffers: int
     """DeepSpeed's: gathered weights, buckets of gradients and what they are reduced in."""
     activations: int
+    models: int
+    """Of those around a policy that learns from rewards, all that they hold."""
     runtime: int
     host: int
     """In the machine's own memory, not the device's."""
@@ -78,7 +86,7 @@ class StagePlan:
     def total(self) -> int:
         """On the device."""
         states = self.weights + self.gradients + self.optimizer + self.buffers
-        return states + self.activations + self.runtime
+        return states + self.activations + self.models + self.runtime
 
 
 @dataclass(frozen=True)
@@ -107,14 +115,23 @@ class RunPlan:
 def plan_run(config: RunConfig, world_size: int) -> RunPlan:
     """Memory of every pipeline stage of `config` over `world_size` ranks. The layout must be valid."""
     dp = data_parallel_size(config, world_size)
-    micro_batches = config.training.global_batch_rows // (dp * config.training.micro_batch_rows)
+    micro_batches = -(-_rows(config) // (dp * config.training.micro_batch_rows))
     stages = range(config.engine.pipeline_parallel)
     plans = tuple(_plan_stage(config, stage, world_size, micro_batches) for stage in stages)
     return RunPlan(_num_parameters(config.model), world_size, dp, micro_batches, plans)
 
 
+def _rows(config: RunConfig) -> int:
+    """Of a step, over all data-parallel ranks; those of answers at the most."""
+    if isinstance(config, PolicyRunConfig):
+        return config.answers_per_iteration // config.training.minibatches
+    return config.training.global_batch_rows
+
+
 def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> StagePlan:
-    states = rank_states(config, stage, world_size)
+    states, others = rank_states(config, stage, world_size), States(0, 0, 0)
+    if isinstance(config, PolicyRunConfig):
+        others = companion_states(config, stage, world_size)
     return StagePlan(
         stage=stage,
         parameters=base_elements(config, stage),
@@ -123,6 +140,7 @@ def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: i
         optimizer=states.optimizer,
         buffers=states.buffers,
         activations=activation_bytes(config, stage, micro_batches, states),
+        models=others.weights + others.gradients + others.optimizer + others.buffers,
         runtime=0 if config.engine.device == "cpu" else _RUNTIME_BYTES,
-        host=states.host,
+        host=states.host + others.host,
     )

@@ -17,14 +17,14 @@ from stepaudio_train.convert.companions import ModelCard, write_companions
 from stepaudio_train.convert.huggingface_files import SafetensorsWriter
 from stepaudio_train.convert.sources import LazyWeights, Source, open_source
 from stepaudio_train.convert.text_files import CHAT_TEMPLATES
-from stepaudio_train.engines.base import Engine
+from stepaudio_train.engines.base import Engine, Judge
 from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.models.step1.initialise import InitialWeights
 
 log = logging.getLogger(__name__)
 
 
-def initialise(engine: Engine, config: RunConfig) -> None:
+def initialise(engine: Judge, config: RunConfig) -> None:
     """Set the engine's weights from `model.init`, or at random from `training.seed`.
 
     Raises:

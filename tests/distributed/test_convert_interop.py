@@ -59,7 +59,7 @@ def _load_with_megatron(folder: Path, names: list[str]) -> list[dict[str, torch.
     from stepaudio_train.engines.megatron.engine import MegatronEngine
 
     engine = MegatronEngine(config(name="megatron", tensor_parallel=2, pipeline_parallel=2))
-    (module,) = engine._modules()
+    (module,) = engine._modules
     found = []
     for name in names:
         engine.load_weights(InitialWeights(MODEL, seed=9))

@@ -10,6 +10,7 @@ from stepaudio_train.testing.distributed import run_distributed
 
 # Uneven, as where padding rows are left out.
 ROWS = [slice(0, 60), slice(60, 101)]
+KEPT = (KEPT_BYTES, 0)
 
 
 def drawn() -> tuple[torch.Tensor, ...]:
@@ -21,29 +22,39 @@ def drawn() -> tuple[torch.Tensor, ...]:
     return hidden, weight, targets, torch.randn(2, 50, generator=generator)
 
 
-def of_rank(kept_bytes: int) -> dict[str, torch.Tensor]:
+def of_rank() -> dict[int, dict[str, torch.Tensor]]:
+    """By `kept_bytes`, what this rank finds."""
     join_process_group(torch.device("cpu"))
+    found = {kept_bytes: of_rows(ROWS[dist.get_rank()], kept_bytes) for kept_bytes in KEPT}
+    dist.destroy_process_group()
+    return found
+
+
+def of_rows(rows: slice, kept_bytes: int) -> dict[str, torch.Tensor]:
     hidden, weight, targets, factors = drawn()
-    rows = ROWS[dist.get_rank()]
     hidden, weight = hidden.requires_grad_(), weight[rows].clone().requires_grad_()
     found = torch.stack(target_log_probs(hidden, weight, targets, rows.start, dist.group.WORLD, True, kept_bytes))
     gradients = torch.autograd.grad((found * factors).sum(), (hidden, weight))
     dist.all_reduce(gradients[0])
-    dist.destroy_process_group()
     return {"found": found.detach(), "hidden": gradients[0], "weight": gradients[1]}
 
 
-@pytest.mark.parametrize("kept_bytes", [KEPT_BYTES, 0])
-def test_two_ranks_give_the_plain_formula(kept_bytes):
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[int, dict[str, torch.Tensor]]]:
+    return run_distributed(of_rank, 2)
+
+
+@pytest.mark.parametrize("kept_bytes", KEPT)
+def test_two_ranks_give_the_plain_formula(ranks, kept_bytes):
     hidden, weight, targets, factors = (x.double() if x.is_floating_point() else x for x in drawn())
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     log_p = (hidden @ weight.T).log_softmax(-1)
     expected = torch.stack([log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)])
     gradients = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
 
-    ranks = run_distributed(of_rank, 2, kept_bytes)
-    for rank in ranks:
+    found = [rank[kept_bytes] for rank in ranks]
+    for rank in found:
         torch.testing.assert_close(rank["found"].double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(rank["hidden"].double(), gradients[0], rtol=1e-4, atol=1e-5)
-    joined = torch.cat([rank["weight"] for rank in ranks]).double()
+    joined = torch.cat([rank["weight"] for rank in found]).double()
     torch.testing.assert_close(joined, gradients[1], rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def drawn_of_content(batch: FlowBatch, generator: torch.Generator) -> FlowDraws:
     )
 
 
-def learned(num_steps: int) -> tuple[list[float], dict[str, Tensor]]:
+def learned() -> list[tuple[float, dict[str, Tensor]]]:
+    """After each of four steps, the loss and the average's weights."""
     join_process_group(torch.device("cpu"))
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     FlowDraws.draw = drawn_of_content
@@ -59,22 +61,28 @@ def learned(num_steps: int) -> tuple[list[float], dict[str, Tensor]]:
         for length in (10, 30, 20, 25)
     ]
     learner = FlowLearner(CONFIG, [], torch.device("cpu"))
-    losses = [learner.step(n, flow_batch(clips[rank::num_ranks]))["loss"] for n in range(1, num_steps + 1)]
-    return losses, {name: tensor.detach() for name, tensor in learner.average.state_dict().items()}
+    steps = []
+    for number in range(1, CONFIG.training.max_steps + 1):
+        loss = learner.step(number, flow_batch(clips[rank::num_ranks]))["loss"]
+        steps.append((loss, {name: tensor.detach().clone() for name, tensor in learner.average.state_dict().items()}))
+    return steps
 
 
-def test_two_processes_learn_what_one_learns():
-    ((losses, weights),) = run_distributed(learned, 1, 4, preload=PRELOAD)
-    for other_losses, other_weights in run_distributed(learned, 2, 4, preload=PRELOAD):
-        torch.testing.assert_close(torch.tensor(other_losses), torch.tensor(losses), atol=1e-5, rtol=1e-5)
-        for name, tensor in weights.items():
-            torch.testing.assert_close(other_weights[name], tensor, atol=1e-4, rtol=1e-4)
+@pytest.fixture(scope="module")
+def alone() -> list[tuple[float, dict[str, Tensor]]]:
+    return run_distributed(learned, 1, preload=PRELOAD)[0]
 
 
-def test_the_encoder_learns_before_the_network():
-    ((_, before),) = run_distributed(learned, 1, 1, preload=PRELOAD)
-    ((_, after),) = run_distributed(learned, 1, 2, preload=PRELOAD)
-    ((_, later),) = run_distributed(learned, 1, 3, preload=PRELOAD)
+def test_two_processes_learn_what_one_learns(alone):
+    for steps in run_distributed(learned, 2, preload=PRELOAD):
+        for (loss, weights), (wanted_loss, wanted_weights) in zip(steps, alone, strict=True):
+            assert loss == pytest.approx(wanted_loss, abs=1e-5, rel=1e-5)
+            for name, tensor in wanted_weights.items():
+                torch.testing.assert_close(weights[name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_the_encoder_learns_before_the_network(alone):
+    before, after, later = (weights for _, weights in alone[:3])
     network, encoder = "decoder.estimator.mid_blocks.0.0.block1.block.0.weight", "encoder_proj.weight"
     assert torch.equal(before[network], after[network]) and not torch.equal(after[network], later[network])
     assert not torch.equal(before[encoder], after[encoder])

@@ -129,6 +129,33 @@ def _run_layouts(layouts: dict) -> dict:
     return results
 
 
+def test_weights_are_read_whole_where_a_step_leaves_gathering_them_to_the_next_forward():
+    """As it does on GPUs: until then a rank has the new values of its own part alone."""
+    expected, found = run_distributed(_overlapping, 2, preload=PRELOAD)[0]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def _overlapping() -> list[dict[str, torch.Tensor]]:
+    import torch.distributed as dist
+
+    from stepaudio_train.engines.megatron import engine as module
+
+    dist.init_process_group("gloo")
+    settings, exported = module.ddp_config, []
+    for overlap in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            changed = {"overlap_param_gather": overlap}
+            patch.setattr(module, "ddp_config", lambda *args, to=changed: replace(settings(*args), **to))
+            engine = module.MegatronEngine(replace(CONFIG, engine=EngineConfig(name="megatron", device="cpu")))
+        engine.load_weights(InitialWeights(MODEL, 0))
+        objective = LanguageModelling(Vocabulary.from_config(VOCABULARY))
+        engine.train_step([_loader(engine).next_batch()], objective, 1e-2)
+        exported.append(dict(engine.export_weights()))
+        engine.close()
+    dist.destroy_process_group()
+    return exported
+
+
 def _run_bf16() -> list[float]:
     from stepaudio_train.engines.megatron.engine import MegatronEngine
 

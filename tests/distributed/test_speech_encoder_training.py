@@ -19,6 +19,7 @@ from stepaudio_train.config.tokenizer import LinguisticConfig, SemanticConfig, S
 from stepaudio_train.data.prepare import PrepareOptions, prepare
 from stepaudio_train.data.transcribed import ClipStream
 from stepaudio_train.testing.distributed import run_distributed
+from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.tokenizers.learning.clustering import MiniBatchKMeans
 from stepaudio_train.tokenizers.learning.linguistic_training import LinguisticObjective
 from stepaudio_train.tokenizers.learning.optimisation import combine
@@ -110,10 +111,10 @@ def corpus(tmp_path_factory) -> Path:
     return output
 
 
-def command(corpus: Path, run: Path, *more: str) -> list[str]:
+def typed(corpus: Path, run: Path, *more: str) -> list[str]:
     settings = [f"corpus={corpus}", f"run_dir={run}", "device=cpu", "training.batch_s=2.0", "eval_clips=4"]
     settings += ["training.steps=14", "save_every=4", "kmeans_steps=3", *SIZES]
-    return [sys.executable, "-m", "stepaudio_train.cli", "run", "speech_encoder", *settings, *more]
+    return [*settings, *more]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -135,31 +136,31 @@ def first_epoch(stream: ClipStream) -> list:
     return list(stream._epoch(0))
 
 
-def test_a_stopped_run_goes_on_with_the_same_losses_and_the_result_is_a_tokenizer(corpus, tmp_path):
-    subprocess.run(command(corpus, tmp_path / "whole", "encoder=semantic"), check=True, capture_output=True)
-    process = subprocess.Popen(command(corpus, tmp_path / "parts", "encoder=semantic"), stderr=subprocess.DEVNULL)
+def test_a_stopped_run_goes_on_with_the_same_losses_and_the_result_is_a_tokenizer(corpus, tmp_path, capsys):
+    command = [sys.executable, "-m", "stepaudio_train.cli", "run", "speech_encoder"]
+    whole, parts = ([*command, *typed(corpus, tmp_path / run, "encoder=semantic")] for run in ("whole", "parts"))
+    subprocess.run(whole, check=True, capture_output=True)
+    process = subprocess.Popen(parts, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "parts" / "metrics.jsonl"
     while process.poll() is None and not (metrics.is_file() and len(losses(tmp_path / "parts")) >= 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
-    subprocess.run(command(corpus, tmp_path / "parts", "encoder=semantic"), check=True, capture_output=True)
+    subprocess.run(parts, check=True, capture_output=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 14
-    linguistic = command(corpus, tmp_path / "parts", "encoder=linguistic")
-    subprocess.run(linguistic, check=True, capture_output=True)
+    run_here("speech_encoder", typed(corpus, tmp_path / "parts", "encoder=linguistic"))
     summary = json.loads((tmp_path / "parts" / "summary.json").read_text())
     assert summary.keys() == {"semantic", "linguistic"} and summary["linguistic"]["inertia"] > 0
     before = SpeechTokenizer.from_directory(tmp_path / "parts", "cpu")
     # Adapting it: the weights are the start, the other encoder stays as it is.
     adapt = ["encoder=linguistic", f"init={tmp_path / 'parts'}", "training.steps=0"]
-    subprocess.run(command(corpus, tmp_path / "adapted", *adapt), check=True, capture_output=True)
+    run_here("speech_encoder", typed(corpus, tmp_path / "adapted", *adapt))
     after = SpeechTokenizer.from_directory(tmp_path / "adapted", "cpu")
     for name, tensor in before.linguistic.encoder.state_dict().items():
         assert torch.equal(tensor, after.linguistic.encoder.state_dict()[name])
     assert torch.equal(before.semantic.quantizer.codes, after.semantic.quantizer.codes)
     assert not torch.equal(before.linguistic.centroids, after.linguistic.centroids)
-    refused = subprocess.run(
-        command(corpus, tmp_path / "whole", "encoder=semantic", "seed=1"), capture_output=True, text=True
-    )
-    assert refused.returncode and "another seed" in refused.stderr
+    with pytest.raises(SystemExit) as refusal:
+        run_here("speech_encoder", typed(corpus, tmp_path / "whole", "encoder=semantic", "seed=1"))
+    assert refusal.value.code and "another seed" in capsys.readouterr().err

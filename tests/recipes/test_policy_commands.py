@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.toy_preferences import MODEL, VOCABULARY
 from stepaudio_train.testing.toy_rewards import write_toy_rewards
 
@@ -33,10 +34,9 @@ def toy(tmp_path_factory) -> Path:
     return folder
 
 
-def command(recipe: str, toy: Path, run_dir: Path, *overrides: str) -> list[str]:
+def typed(toy: Path, run_dir: Path, *overrides: str) -> list[str]:
     data = [f"model.init={toy / 'weights'}", f"data={toy / 'prompts.jsonl'}", f"run_dir={run_dir}"]
-    program = [sys.executable, "-m", "stepaudio_train.cli", "run", recipe]
-    return [*program, *SIZES, *ENGINE, *ROWS, *ANSWERS, *QUIET, *data, *overrides]
+    return [*SIZES, *ENGINE, *ROWS, *ANSWERS, *QUIET, *data, *overrides]
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -54,8 +54,9 @@ def ran(arguments: list[str]) -> str:
 def test_killed_ppo_goes_on_bit_for_bit(toy, tmp_path):
     runs = [tmp_path / "straight", tmp_path / "killed"]
     more = ["critic.warmup_steps=2", "training.max_steps=12", "training.sample_every=6"]
-    ran(command("ppo", toy, runs[0], *more))
-    arguments = command("ppo", toy, runs[1], *more)
+    command = [sys.executable, "-m", "stepaudio_train.cli", "run", "ppo"]
+    ran([*command, *typed(toy, runs[0], *more)])
+    arguments = [*command, *typed(toy, runs[1], *more)]
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while len(lines_of(runs[1])) < 5:
@@ -73,11 +74,13 @@ def test_killed_ppo_goes_on_bit_for_bit(toy, tmp_path):
     assert "How far the policy went" in (runs[1] / "report.html").read_text(encoding="utf-8")
 
 
-def test_grpo_is_refused_what_cannot_be_and_else_learns(toy, tmp_path):
-    refused = command("grpo", toy, tmp_path / "run", "loss.group_size=1", "rollout.temperature=0", "reward.model=gone")
-    done = subprocess.run(refused, capture_output=True, text=True)
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
+def test_grpo_is_refused_what_cannot_be_and_else_learns(toy, tmp_path, capsys):
+    impossible = ["loss.group_size=1", "rollout.temperature=0", "reward.model=gone"]
+    with pytest.raises(SystemExit) as refusal:
+        run_here("grpo", typed(toy, tmp_path / "run", *impossible))
+    assert refusal.value.code == 2 and not (tmp_path / "run").exists()
+    told = capsys.readouterr().err
     for part in ("type loss.group_size=8", "type rollout.temperature=1", "reward.model=gone: no such folder"):
-        assert part in done.stderr
-    ran(command("grpo", toy, tmp_path / "run", "loss.group_size=2", "training.max_steps=2"))
+        assert part in told
+    run_here("grpo", typed(toy, tmp_path / "run", "loss.group_size=2", "training.max_steps=2"))
     assert [line["iteration"] for line in lines_of(tmp_path / "run")] == [0, 0]

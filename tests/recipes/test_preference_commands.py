@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.toy_preferences import MODEL, VOCABULARY, write_toy_preferences
 
 QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "logging.progress_bar=false"]
@@ -31,10 +32,9 @@ def toy(tmp_path_factory) -> Path:
     return folder
 
 
-def command(recipe: str, toy: Path, run_dir: Path, *overrides: str) -> list[str]:
+def typed(toy: Path, run_dir: Path, *overrides: str) -> list[str]:
     data = [f"model.init={toy / 'weights'}", f"data={toy / 'train.jsonl'}", f"data.held_out={toy / 'held_out.jsonl'}"]
-    program = [sys.executable, "-m", "stepaudio_train.cli", "run", recipe]
-    return [*program, *SIZES, *ENGINE, *ROWS, *QUIET, *data, *overrides, f"run_dir={run_dir}"]
+    return [*SIZES, *ENGINE, *ROWS, *QUIET, *data, *overrides, f"run_dir={run_dir}"]
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -54,7 +54,7 @@ def ran(arguments: list[str]) -> str:
 
 
 def test_reward_model_is_made_and_measured(toy, tmp_path):
-    ran(command("reward", toy, tmp_path / "run", "loss.margin_scale=0.5"))
+    run_here("reward", typed(toy, tmp_path / "run", "loss.margin_scale=0.5"))
     assert "val/accuracy/odd" in lines_of(tmp_path / "run")[-1]
     assert len((tmp_path / "run" / "held_out_pairs.jsonl").read_text().splitlines()) == 18
     assert "Reliability" in (tmp_path / "run" / "report.html").read_text()
@@ -63,8 +63,9 @@ def test_reward_model_is_made_and_measured(toy, tmp_path):
 
 def test_killed_dpo_goes_on_bit_for_bit(toy, tmp_path):
     runs = [tmp_path / "straight", tmp_path / "killed"]
-    ran(command("dpo", toy, runs[0]))
-    arguments = command("dpo", toy, runs[1])
+    command = [sys.executable, "-m", "stepaudio_train.cli", "run", "dpo"]
+    ran([*command, *typed(toy, runs[0])])
+    arguments = [*command, *typed(toy, runs[1])]
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(lines_of(runs[1])) < 5:

@@ -39,8 +39,12 @@ WAYS = {
 def test_ways_are_measured_in_turns(tmp_path: Path):
     options = ("--rounds", "1", "--device", "cpu")
     commands = [["bench", name, *options, "--json", str(tmp_path / f"{name}.json")] for name in WAYS]
-    # One process for all three: importing takes longest.
-    program = f"from stepaudio_train.cli import main; assert [main(command) for command in {commands!r}] == [0, 0, 0]"
+    # One process for all three, since importing takes longest; and a shorter row than anyone would measure.
+    program = (
+        "from stepaudio_train.cli import main; from stepaudio_train.commands.bench import cases; "
+        "cases._SIZES['small'] = cases._Size(('training.sequence_length=512',), apart=False); "
+        f"assert [main(command) for command in {commands!r}] == [0, 0, 0]"
+    )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for name, ways in WAYS.items():
@@ -55,6 +59,13 @@ def test_ways_are_measured_in_turns(tmp_path: Path):
 def test_shards_need_their_text_tokenizer(capsys):
     assert main(["bench", "loader", "--shards", "somewhere"]) == 2
     assert "--text-tokenizer FILE" in capsys.readouterr().err
+
+
+def test_nothing_to_time_is_refused(capsys):
+    assert main(["bench", "head", "--rounds", "0"]) == 2
+    assert main(["bench", "loader", "--rows", "0", "--batches", "-1"]) == 2
+    told = capsys.readouterr().err
+    assert all(f"{option}: must be at least 1" in told for option in ("--rounds 0", "--rows 0", "--batches -1"))
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from stepaudio_train.commands.bench.timing import Contender, Timing, Work
 from stepaudio_train.config.compose import load_config
+from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import PretrainConfig
 from stepaudio_train.data.batch import TASKS, TokenBatch
 from stepaudio_train.data.packing import Document, choose_rows, pack_rows
@@ -91,7 +91,12 @@ class Case:
 
 
 def build_case(options: BenchOptions) -> Case:
-    """The sizes and the batch of `options`; nothing is computed yet."""
+    """The sizes and the batch of `options`; nothing is computed yet.
+
+    Raises:
+        UserError: there is nothing to time.
+    """
+    require_positive(rounds=options.rounds)
     size = _SIZES[options.size]
     fixed = (f"engine.device={options.device}", f"engine.precision={options.precision}")
     rows = ("training.global_batch_rows=1", "training.micro_batch_rows=1", "optimizer.learning_rate=1e-4")
@@ -101,6 +106,13 @@ def build_case(options: BenchOptions) -> Case:
     batch = pack_rows([documents], config.training.sequence_length).to(device)
     dtype = choose_dtype(options.precision, device)
     return Case(config, batch, tuple(documents), device, dtype, size.apart)
+
+
+def require_positive(**counts: int) -> None:
+    """Raises UserError naming every option of `counts` that is under 1."""
+    problems = [f"--{name.replace('_', '-')} {n}: must be at least 1" for name, n in counts.items() if n < 1]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def speech_row(sequence_length: int, vocab_size: int) -> list[Document]:
@@ -171,5 +183,8 @@ def rows_of(contenders: Sequence[Contender], timings: Sequence[Timing], flops: S
 def leave_process_group() -> None:
     """Of one process, which Megatron-Core needs even there; nothing if none was joined."""
     if dist.is_initialized():
+        # Here, since what needs no Megatron-Core should not wait for its import.
+        from megatron.core import parallel_state
+
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

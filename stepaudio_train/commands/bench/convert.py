@@ -4,7 +4,7 @@ Random weights go from Hugging Face layout to Megatron (TP=4 where the key heads
 ZeRO-3 (8 ranks), and back. After every leg back the weights are compared with the first ones, byte for byte. The disk's
 own time is that of reading the source's bytes, not cached, and then writing the destination's until the disk has them,
 in blocks of 16 MiB, flushed and dropped from the cache every 256 MiB as the conversion does. The start of Python is not
-counted. Needs disk space for five times the weights.
+counted. Needs disk space for six times the weights: ZeRO-3 keeps them in fp32, and the disk's own time takes a copy.
 """
 
 from __future__ import annotations

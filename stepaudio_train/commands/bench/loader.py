@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stepaudio_train.commands.bench.cases import document_tokens, num_groups, speech_durations_s
+from stepaudio_train.commands.bench.cases import document_tokens, num_groups, require_positive, speech_durations_s
 from stepaudio_train.commands.bench.reporting import report
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.schema import BlendEntry, DataConfig, Task
@@ -26,7 +26,7 @@ from stepaudio_train.data.shards import ShardSample, finish_dataset, shard_name,
 from stepaudio_train.data.token_shards import STATS_FILE, TokenStats, encode_token_sample, file_sha256
 from stepaudio_train.tokenizers.speech import SpeechTokens
 from stepaudio_train.tokenizers.text import TextTokenizer, train_text_tokenizer
-from stepaudio_train.tokenizers.vocabulary import Vocabulary
+from stepaudio_train.tokenizers.vocabulary import PAD_ID, Vocabulary
 
 _TEXT_SIZE = 400
 _MADE_SHARDS, _SAMPLES_PER_SHARD = 4, 250
@@ -52,8 +52,9 @@ def bench_loader(options: LoaderOptions) -> int:
     """Print and write the table; the exit status.
 
     Raises:
-        UserError: shards without their text tokenizer.
+        UserError: shards without their text tokenizer, or nothing to time.
     """
+    require_positive(sequence_length=options.sequence_length, rows=options.rows, batches=options.batches)
     if options.shards and not options.text_tokenizer:
         raise UserError("--shards: needs the text tokenizer of the shards; type --text-tokenizer FILE")
     layout = (options.sequence_length, options.rows)
@@ -102,7 +103,7 @@ def _loading(
     loader.next_batch()  # workers start, files open
     tokens, start = 0, time.perf_counter()
     for _ in range(batches):
-        tokens += int((loader.next_batch().input_ids != 0).sum())
+        tokens += int((loader.next_batch().input_ids != PAD_ID).sum())
     duration_s = time.perf_counter() - start
     loader.close()
     return {"what": name, "tokens/s": tokens / duration_s, "fill %": 100 * tokens / (batches * layout[0] * layout[1])}

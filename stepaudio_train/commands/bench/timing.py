@@ -59,7 +59,14 @@ def time_in_turns(contenders: Sequence[Contender], rounds: int, device: torch.de
         apart: run all rounds of one contender before the next is built, since they do not fit into memory together.
     """
     groups = [[contender] for contender in contenders] if apart else [list(contenders)]
-    return [timing for group in groups for timing in _time_group(group, rounds, device)]
+    timings: list[Timing] = []
+    for group in groups:
+        timings += _time_group(group, rounds, device)
+        # After the group's own frame is gone, and with it the last reference. Models hold themselves in cycles.
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return timings
 
 
 def _time_group(contenders: Sequence[Contender], rounds: int, device: torch.device) -> list[Timing]:
@@ -74,10 +81,6 @@ def _time_group(contenders: Sequence[Contender], rounds: int, device: torch.devi
                 works[index], found[index] = None, []
             elif number >= _WARMUP_ROUNDS:
                 found[index].append(seconds)
-    works.clear()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return [Timing(tuple(wall for wall, _ in each), tuple(own for _, own in each)) for each in found]
 
 

@@ -27,7 +27,11 @@ from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOut
 class DeepSpeedEngine(Engine):
     """Joins the process group that torchrun's environment variables describe; every rank is a data-parallel rank."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, trained: bool = True) -> None:
+        """
+        Args:
+            trained: False: there are neither gradients nor an optimizer, and the engine is a `Judge` alone.
+        """
         self.config = config
         self.device = own_device(config.engine.device)
         self._owns_process_group = join_process_group(self.device)
@@ -40,7 +44,7 @@ class DeepSpeedEngine(Engine):
         from stepaudio_train.engines.deepspeed.zero import ZeroModel
 
         dtype = choose_dtype(config.engine.precision, self.device)
-        self._zero = ZeroModel(config, self.device, dtype)
+        self._zero = ZeroModel(config, self.device, dtype, trained)
         self._base = base_parameters(self._zero.model)
         self._adapters = adapter_parameters(self._zero.model)
         if config.lora is not None:

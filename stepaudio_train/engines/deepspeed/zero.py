@@ -28,7 +28,7 @@ from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.deepspeed.settings import deepspeed_config
 from stepaudio_train.engines.hf_model import adamw_options, optimizer_groups
 from stepaudio_train.models.step1.attention import alibi_slopes
-from stepaudio_train.models.step1.fused import fuse, takes_liger
+from stepaudio_train.models.step1.fused import fuse, liger_parts
 from stepaudio_train.models.step1.lora import add_adapters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 
@@ -38,8 +38,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 
-class _Trained(Step1ForCausalLM):
-    """ZeRO-3 puts weights together around `forward`, so what is trained has to be one."""
+class _Callable(Step1ForCausalLM):
+    """ZeRO-3 puts weights together around `forward`, so what is asked has to be one."""
 
     def forward(  # type: ignore[override]
         self, batch: TokenBatch, entropies: bool, recompute: bool
@@ -52,9 +52,9 @@ class _Trained(Step1ForCausalLM):
 
 class ZeroModel:
     """A `Step1ForCausalLM` cut over the ranks by ZeRO, with torch's AdamW. Weights are as the modules' constructors
-    leave them."""
+    leave them. One that is not trained is cut by ZeRO-3 alone; the other stages cut nothing that it has."""
 
-    def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, dtype: torch.dtype, trained: bool) -> None:
         self._device = device
         self.stage: int = config.engine.zero_stage
         settings = deepspeed_config(config, device, dtype)
@@ -65,31 +65,35 @@ class ZeroModel:
             importlib.import_module("peft")
         # Cut up layer by layer as it is made: no rank ever holds it all.
         with deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else nullcontext():
-            model = _Trained(config.model)
+            model = _Callable(config.model)
             if config.lora is not None:
                 add_adapters(model, config.lora)
         # zero.Init has rounded the slopes to the weights' type.
         model.model.slopes = alibi_slopes(config.model.num_attention_heads).to(device)
-        if takes_liger(config.engine.fused_kernels, device):
-            fuse(model)
-        groups = optimizer_groups(model, config.optimizer)
-        self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        optimizer = torch.optim.AdamW(groups, **adamw_options(config.optimizer))
+        fuse(model, liger_parts(config.engine.fused_kernels, device, config.model.hidden_size))
+        self.model: Step1ForCausalLM = model
+        if not trained:
+            model.requires_grad_(False)
+        if not trained and self.stage < 3:
+            self._asked: nn.Module = model.to(device, dtype)
+            return
+        optimizer = None
+        if trained:
+            groups = optimizer_groups(model, config.optimizer)
+            self._options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            optimizer = torch.optim.AdamW(groups, **adamw_options(config.optimizer))
         # Its bf16 optimizer prints what memory it takes, a screen of it.
         with redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
-
-    @property
-    def model(self) -> Step1ForCausalLM:
-        return self.engine.module
+        self._asked = self.engine
 
     def token_outputs(
         self, batch: TokenBatch, entropies: bool, recompute: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As `Step1ForCausalLM.token_outputs`."""
-        return self.engine(batch, entropies, recompute)
+        return self._asked(batch, entropies, recompute)
 
     def backward(self, loss: Tensor) -> None:
         """Add up gradients. DeepSpeed will divide them by the number of ranks."""
@@ -167,7 +171,8 @@ class ZeroModel:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def close(self) -> None:
-        self.engine.destroy()
+        if self._asked is not self.model:
+            self.engine.destroy()
         torch.nn.functional.linear = self._torch_linear
 
     @property

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.data.batch import TokenBatch
@@ -25,7 +25,7 @@ from stepaudio_train.engines.megatron.cpu import redirect_cuda_to_cpu
 from stepaudio_train.engines.megatron.settings import ddp_config, transformer_config
 from stepaudio_train.engines.precision import choose_dtype
 from stepaudio_train.engines.process_group import join_process_group, own_device
-from stepaudio_train.models.step1.fused import fuse, takes_liger
+from stepaudio_train.models.step1.fused import fuse, liger_parts
 from stepaudio_train.models.step1.megatron_spec import BiasCache, Step1MegatronModel
 from stepaudio_train.models.step1.weight_map import num_parameters
 from stepaudio_train.objectives.base import Objective, ObjectiveOutput, TokenOutputs, needs_entropies
@@ -40,8 +40,12 @@ class MegatronEngine(Engine):
     Several engines of one process share the layout of the first, which is closed last.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, trained: bool = True) -> None:
+        """
+        Args:
+            trained: False: there are neither gradients nor an optimizer, and the engine is a `Judge` alone.
+        """
+        self.config, self._trained = config, trained
         self.device = own_device(config.engine.device)
         self._dtype = choose_dtype(config.engine.precision, self.device)
         self._owns_process_group = join_process_group(self.device)
@@ -67,15 +71,9 @@ class MegatronEngine(Engine):
         # Micro-batches whose biases are needed again: those in flight in the pipeline.
         self._bias_cache = BiasCache(2 * engine.pipeline_parallel * engine.virtual_pipeline)
         self._padded_vocab = -(-config.model.vocab_size // engine.tensor_parallel) * engine.tensor_parallel
-        self._chunks = [self._build_chunk(i) for i in range(engine.virtual_pipeline)]
-        self._adamw = AdamW(config, self._chunks, self._dtype)
-        self._checkpoints = CheckpointIO(
-            self._chunks, self._adamw, config.model.vocab_size, on_cpu=self.device.type == "cpu"
-        )
-        self._transformer.finalize_model_grads_func = _finalize_gradients
-        if self._chunks[0].ddp_config.overlap_grad_reduce:
-            no_sync = [chunk.no_sync for chunk in self._chunks]
-            self._transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._modules = [self._build_module(i) for i in range(engine.virtual_pipeline)]
+        if trained:
+            self._prepare_training()
 
     @property
     def is_replica_main(self) -> bool:
@@ -85,13 +83,15 @@ class MegatronEngine(Engine):
         return num_parameters(self.config.model)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        weight_exchange.load(self._modules(), weights, self.config.model, self._padded_vocab)
-        self._adamw.megatron.reload_model_params()
+        weight_exchange.load(self._modules, weights, self.config.model, self._padded_vocab)
+        if self._trained:
+            self._adamw.megatron.reload_model_params()
 
     def full_weights(self, device: torch.device, every_replica: bool) -> Iterator[tuple[str, Tensor]]:
+        self._gather_weights()
         if self.data_parallel_rank and not every_replica:
             return iter(())
-        return weight_exchange.full_weights(self._modules(), self.config.model, self._replica_main, self.device, device)
+        return weight_exchange.full_weights(self._modules, self.config.model, self._replica_main, self.device, device)
 
     def from_replica_main(self, value: T) -> T:
         box = [value]
@@ -142,6 +142,7 @@ class MegatronEngine(Engine):
         ]
 
     def save(self, directory: Path, background: bool = False) -> None:
+        self._gather_weights()
         self._checkpoints.save(directory, background)
 
     def finish_saving(self, wait: bool) -> bool:
@@ -159,16 +160,38 @@ class MegatronEngine(Engine):
         return bool(answer)
 
     def close(self) -> None:
-        self.finish_saving(wait=True)
+        if self._trained:
+            self.finish_saving(wait=True)
         if self._owns_layout:
             parallel_state.destroy_model_parallel()
         if self._owns_process_group:
             dist.destroy_process_group()
 
-    def _modules(self) -> list[Step1MegatronModel]:
-        return [chunk.module for chunk in self._chunks]
+    def _prepare_training(self) -> None:
+        """Buffers for gradients around the modules, and the optimizer."""
+        config, ddp = self.config, ddp_config(self.config, self.device)
+        self._chunks = [
+            # Buckets are for overlapping the first chunk's reduction with its backward.
+            DistributedDataParallel(self._transformer, ddp, module, disable_bucketing=index > 0)
+            for index, module in enumerate(self._modules)
+        ]
+        self._adamw = AdamW(config, self._chunks, self._dtype)
+        self._checkpoints = CheckpointIO(
+            self._chunks, self._adamw, config.model.vocab_size, on_cpu=self.device.type == "cpu"
+        )
+        self._transformer.finalize_model_grads_func = _finalize_gradients
+        if ddp.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self._chunks]
+            self._transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def _build_chunk(self, index: int) -> DistributedDataParallel:
+    def _gather_weights(self) -> None:
+        """Put together what the last step has left to the next forward where the two overlap: until then a rank has
+        the new values of its own part of the weights alone."""
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def _build_module(self, index: int) -> Step1MegatronModel:
         vp_stage = index if self.config.engine.virtual_pipeline > 1 else None
         model = Step1MegatronModel(
             self._transformer,
@@ -179,12 +202,8 @@ class MegatronEngine(Engine):
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         ).to(self.device)
-        if takes_liger(self.config.engine.fused_kernels, self.device):
-            fuse(model)
-        # Buckets are for overlapping the first chunk's reduction with its backward.
-        return DistributedDataParallel(
-            self._transformer, ddp_config(self.config, self.device), model, disable_bucketing=index > 0
-        )
+        fuse(model, liger_parts(self.config.engine.fused_kernels, self.device, self.config.model.hidden_size))
+        return model
 
     def _measure(
         self, micro_batches: Sequence[TokenBatch], objective: Objective, forward_only: bool
@@ -214,14 +233,15 @@ class MegatronEngine(Engine):
         """
         self._check_shapes(batches)
         rows, length = batches[0].input_ids.shape
-        iterators = [iter(batches) for _ in self._chunks]
-        for chunk in self._chunks:
+        chunks = self._chunks if self._trained else self._modules
+        iterators = [iter(batches) for _ in chunks]
+        for chunk in chunks:
             chunk.train(not forward_only)
         try:
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, loss=loss, entropies=entropies),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(batches),
                 seq_length=length,
                 micro_batch_size=rows,
@@ -241,9 +261,7 @@ class MegatronEngine(Engine):
             )
 
 
-def _forward_step(
-    batches: Iterator[TokenBatch], chunk: DistributedDataParallel, loss: _LossFunction, entropies: bool
-) -> Any:
+def _forward_step(batches: Iterator[TokenBatch], chunk: nn.Module, loss: _LossFunction, entropies: bool) -> Any:
     batch = next(batches)
     output = chunk(batch.input_ids, batch.documents, batch.targets, batch.loss_weights != 0, entropies)
     # Megatron-Core calls the second on the last stage alone, where there are outputs of tokens.

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from stepaudio_train.config.errors import UserError
 
+MIN_NORM_WIDTH = 8192
+"""`auto` leaves narrower norms to PyTorch, which is faster there: in liger-kernel's own benchmark in Megatron
+(linkedin/Liger-Kernel at ead96b61, H100) a norm of 4096 takes 0.195 ms by PyTorch and 0.309 by its kernel."""
 
-def takes_liger(choice: Literal["auto", "liger", "none"], device: torch.device) -> bool:
-    """Whether `engine.fused_kernels` means liger-kernel's kernels on `device`.
+
+def liger_parts(choice: Literal["auto", "liger", "none"], device: torch.device, hidden_size: int) -> frozenset[str]:
+    """What `engine.fused_kernels` leaves to liger-kernel on `device`: attributes for `fuse`.
 
     Raises:
         UserError: they are asked for, and cannot be had.
@@ -23,14 +27,18 @@ def takes_liger(choice: Literal["auto", "liger", "none"], device: torch.device) 
         raise UserError(f"engine.fused_kernels=liger: runs on CUDA, the device is {device.type}; type auto or none")
     if choice == "liger" and not installed:
         raise UserError("engine.fused_kernels=liger: is not installed; type pip install 'stepaudio-train[gpu]'")
-    return choice != "none" and installed and device.type == "cuda"
+    if choice == "none" or not installed or device.type != "cuda":
+        return frozenset()
+    norms = choice == "liger" or hidden_size >= MIN_NORM_WIDTH
+    return frozenset({"fused_norm", "fused_swiglu"} if norms else {"fused_swiglu"})
 
 
-def fuse(model: nn.Module) -> None:
-    """Let every module of `model` that can use the kernels use them: those with an attribute `fused`."""
+def fuse(model: nn.Module, parts: frozenset[str]) -> None:
+    """Set the attributes that `parts` names on every module of `model` that has them."""
     for module in model.modules():
-        if hasattr(module, "fused"):
-            module.fused = True
+        for part in parts:
+            if hasattr(module, part):
+                setattr(module, part, True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

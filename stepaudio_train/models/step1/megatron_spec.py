@@ -92,7 +92,7 @@ class SqrtAlibiCoreAttention(MegatronModule):
 class SequenceParallelRMSNorm(nn.Module):
     """x / rms(x) * weight. Megatron's own wrapper of torch's norm refuses sequence parallelism."""
 
-    fused = False
+    fused_norm = False
     """Set by models/step1/fused.py."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -103,7 +103,7 @@ class SequenceParallelRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
+        if self.fused_norm:
             return fused.rms_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 

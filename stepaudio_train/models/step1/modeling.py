@@ -57,7 +57,7 @@ class KVCache:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the mean of squares in float32 (in float64 for float64 inputs)."""
 
-    fused = False
+    fused_norm = False
     """Set by models/step1/fused.py."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
+        if self.fused_norm:
             return fused.rms_norm(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    fused = False
+    fused_swiglu = False
     """Set by models/step1/fused.py."""
 
     def __init__(self, config: Step1Config) -> None:
@@ -103,7 +103,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
+        if self.fused_swiglu:
             return self.down_proj(fused.swiglu(self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 

@@ -1,5 +1,7 @@
 """Turns, ratios and memory that runs out: what the tables of `stepaudio bench` are made of."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -22,6 +24,28 @@ def test_contenders_take_turns_or_run_apart():
     calls.clear()
     time_in_turns(contenders, rounds=1, device=CPU, apart=True)
     assert calls == ["build a", *"aaa", "build b", *"bbb"]
+
+
+class Large:
+    """Something that holds itself, as models do, and can be timed."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __call__(self) -> None:
+        pass
+
+
+def test_what_runs_apart_is_freed_before_the_next_is_built():
+    built: list[weakref.ref] = []
+
+    def build() -> Large:
+        assert all(other() is None for other in built)
+        built.append(weakref.ref(large := Large()))
+        return large
+
+    time_in_turns([Contender(name, build) for name in "abc"], rounds=1, device=CPU, apart=True)
+    assert len(built) == 3
 
 
 def test_a_contender_that_does_not_fit_has_no_figures_and_stops_nobody():

@@ -16,17 +16,20 @@ from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_liger_is_taken_on_a_gpu_where_it_is_installed(monkeypatch):
+def test_liger_is_taken_on_a_gpu_where_it_is_installed_and_faster(monkeypatch):
     installed = {"liger_kernel": object()}
     monkeypatch.setattr(fused.importlib.util, "find_spec", installed.get)
-    assert [fused.takes_liger(choice, CUDA) for choice in ("auto", "liger", "none")] == [True, True, False]
-    assert not fused.takes_liger("auto", CPU) and not fused.takes_liger("none", CPU)
+    swiglu, both = {"fused_swiglu"}, {"fused_norm", "fused_swiglu"}
+    for hidden_size, by_default in ((3072, swiglu), (12288, both)):
+        found = [fused.liger_parts(choice, CUDA, hidden_size) for choice in ("auto", "liger", "none")]
+        assert found == [by_default, both, set()]
+    assert not fused.liger_parts("auto", CPU, 12288) and not fused.liger_parts("none", CPU, 12288)
     with pytest.raises(UserError, match="runs on CUDA"):
-        fused.takes_liger("liger", CPU)
+        fused.liger_parts("liger", CPU, 3072)
     installed.clear()
-    assert not fused.takes_liger("auto", CUDA)
+    assert not fused.liger_parts("auto", CUDA, 12288)
     with pytest.raises(UserError, match=r"pip install 'stepaudio-train\[gpu\]'"):
-        fused.takes_liger("liger", CUDA)
+        fused.liger_parts("liger", CUDA, 3072)
 
 
 def test_a_fused_model_asks_for_every_norm_and_swiglu(monkeypatch):
@@ -37,9 +40,11 @@ def test_a_fused_model_asks_for_every_norm_and_swiglu(monkeypatch):
     ids = torch.arange(10)[None]
     expected = model(ids)
     assert calls == []
-    fused.fuse(model)
-    torch.testing.assert_close(model(ids), expected)
-    assert sorted(calls) == ["norm"] * 5 + ["swiglu"] * 2
+    for parts, wanted in (({"fused_swiglu"}, ["swiglu"] * 2), ({"fused_norm"}, ["norm"] * 5 + ["swiglu"] * 2)):
+        fused.fuse(model, frozenset(parts))
+        calls.clear()
+        torch.testing.assert_close(model(ids), expected)
+        assert sorted(calls) == wanted
 
 
 @pytest.mark.gpu

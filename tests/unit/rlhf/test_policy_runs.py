@@ -250,6 +250,13 @@ def test_models_that_do_not_fit_the_policy_are_refused(toy, tmp_path):
     assert model_problems(config) == []
     (problem,) = model_problems(replace(config, model=replace(config.model, vocab_size=999)))
     assert "the policy has model.vocab_size=999" in problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "4")
+        deeper = replace(config.model, num_hidden_layers=4)
+        (problem,) = model_problems(
+            replace(config, model=deeper, engine=replace(config.engine, name="megatron", pipeline_parallel=4))
+        )
+    assert "must divide model.num_hidden_layers=2" in problem and problem.startswith("reward.model=")
     other = tmp_path / "other.model"
     other.write_bytes(b"another")
     vocabulary = replace(config.vocabulary, text_tokenizer=str(other))

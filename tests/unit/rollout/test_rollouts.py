@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.rollout import RolloutConfig, rollout_problems
 from stepaudio_train.engines.base import Engine
 from stepaudio_train.engines.local import LocalEngine
@@ -100,6 +101,14 @@ def test_wrong_prompts_and_seeds_are_refused(engine):
     with pytest.raises(ValueError, match="2 prompts, but 1 seeds"):
         model.answer([[1], [2]], [0])
     assert model.answer([], []) == []
+
+
+def test_answers_that_failed_elsewhere_are_not_waited_for(engine, monkeypatch):
+    model = RolloutModel(engine, SAMPLING)
+    model.refresh(engine)
+    monkeypatch.setattr(engine, "any_rank", lambda _: True)
+    with pytest.raises(UserError, match="another replica could not draw its answers"):
+        model.answer(PROMPTS, SEEDS)
 
 
 def test_a_configuration_tells_all_its_problems():

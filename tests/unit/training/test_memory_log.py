@@ -21,7 +21,7 @@ from stepaudio_train.training.run_directory import RunDirectory
 def test_parts_that_are_nothing_are_left_out():
     gib = 2**30
     states = {"weights": 2 * gib, "gradients": gib, "optimizer": 4 * gib, "buffers": 0}
-    stage = StagePlan(0, 7, **states, activations=gib // 2, runtime=0, host=gib)
+    stage = StagePlan(0, 7, **states, activations=gib // 2, models=0, runtime=0, host=gib)
     assert parts(stage) == "weights 2.00, gradients 1.00, optimizer 4.00, activations 0.50, host 1.00; 8.50 GiB in all"
 
 

@@ -14,11 +14,13 @@ import torch
 from stepaudio_train.cli import main
 from stepaudio_train.config.checks import layout_problems
 from stepaudio_train.config.compose import load_config
+from stepaudio_train.config.policy_runs import GrpoRunConfig, PpoRunConfig
 from stepaudio_train.config.schema import LoraConfig, PretrainConfig, RunConfig
 from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.models.step1.attention import build_attention_bias
 from stepaudio_train.models.step1.lora import add_adapters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
+from stepaudio_train.models.step1.weight_map import num_parameters
 from stepaudio_train.training.plan import StagePlan, plan_run
 from stepaudio_train.training.plan_activations import kept_bytes, layer_activation_bytes
 from stepaudio_train.training.plan_remedies import remedies
@@ -254,6 +256,22 @@ def test_command_plans_fine_tuning_without_data_or_weights(capsys):
     assert main(["plan", "--recipe", "sft", *offloaded, "--world-size", "8"]) == 0
     out = capsys.readouterr().out
     assert "host" in out and "buffers" in out
+
+
+def test_policies_are_planned_with_the_models_around_them(capsys):
+    """In fp32 a critic has weights, gradients and two moments; two judges and what draws answers have weights alone."""
+    typed = ["engine.device=cpu", "engine.precision=fp32", "rollout.max_new_tokens=64", "training.sequence_length=128"]
+    ppo = load_config("ppo", PpoRunConfig, [*typed, "reward.model=DIR"])
+    plan, each = plan_run(ppo, 1), num_parameters(ppo.model)
+    assert plan.micro_batches == 64 and plan.stages[0].models == (4 + 4 + 8 + 3 * 4) * each
+    grpo = load_config("grpo", GrpoRunConfig, [*typed, "rollout.server=http://HOST:8000"])
+    assert only_stage(grpo, 1).models == 4 * each
+    assert only_stage(replace(grpo, lora=LoraConfig()), 1).models == 0
+    cut = replace(grpo, engine=replace(grpo.engine, name="deepspeed", zero_stage=3))
+    assert only_stage(cut, 4).models == 4 * -(-each // 4)
+    assert main(["plan", "--recipe", "ppo", *typed]) == 0 and "models" in capsys.readouterr().out
+    assert main(["plan", "--recipe", "grpo", "--gpus", "8"]) == 2
+    assert "not what drawing answers does" in capsys.readouterr().err
 
 
 def test_command_needs_only_a_model_for_its_shapes(tmp_path):
