@@ -48,10 +48,12 @@ LEAST_SHARE = 0.25
 """Of the steps that are asked for, on the slowest machine."""
 SFT_TOKENS = 840_000
 """Of the conversations at scale 1, rows filled up and recordings' encoding counted in."""
-DECODER_STEP_TOKENS = {"flow_encoder_steps": 1300, "flow_steps": 4300, "vocoder_steps": 1600}
+DECODER_STEP_TOKENS = {"flow_encoder_steps": 1300, "flow_steps": 4300, "vocoder_steps": 2600}
 """What stage 3 learns in the time of such a step."""
 PREFERENCE_STEP_TOKENS = {"reward_steps": 4000, "ppo_steps": 13000}
 """As `DECODER_STEP_TOKENS`."""
+MEL_SHARE, HALF_LIFE_SHARE = 6 / 7, 2 / 7
+"""Of the vocoder's steps: those before its discriminators, and those in which its rates fall by half."""
 WARMUP_SHARE = 1 / 9
 """Of PPO's steps, in which the critic learns alone."""
 MOST_JOINED = 4
@@ -218,7 +220,11 @@ def _sound(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[st
     flow.append(f"training.max_steps={encoder_steps + round(share * config.flow_steps)}")
     parts.run("flow", [*stepaudio, "run", "flow", *flow, "--nproc", str(NUM_PROCESSES)])
     vocoder = [*data, f"run_dir={quoted(f'{run}/vocoder')}", seed]
-    vocoder.append(f"training.max_steps={round(share * config.vocoder_steps)}")
+    steps = share * config.vocoder_steps
+    vocoder.append(f"training.max_steps={round(steps)}")
+    vocoder.append(f"training.discriminators_from={round(MEL_SHARE * steps)}")
+    # Rates that have hardly fallen leave a vocoder that makes little of the flow's smooth spectra.
+    vocoder.append(f"optimizer.half_life_steps={max(1, round(HALF_LIFE_SHARE * steps))}")
     parts.run("vocoder", [*stepaudio, "run", "vocoder", *vocoder, "--nproc", str(NUM_PROCESSES)])
     folders = {"decoder": "flow", "vocoder": "vocoder", "output": "samples"}
     if config.corpus is None:

@@ -46,7 +46,7 @@ class QuickstartConfig:
     """Of the speech decoder's flow, before its network learns."""
     flow_steps: int = 250
     """Of the flow's network."""
-    vocoder_steps: int = 800
+    vocoder_steps: int = 1400
     until_fine_tuned: bool = False
     """End behind the fine-tuning, without preferences, sound and report. Not with `corpus`."""
     minutes: float = 28.0
