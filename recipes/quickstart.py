@@ -218,6 +218,8 @@ def _sound(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[st
     encoder_steps = round(share * config.flow_encoder_steps)
     flow = [*data, tokens, f"run_dir={quoted(f'{run}/flow')}", seed, f"training.encoder_steps={encoder_steps}"]
     flow.append(f"training.max_steps={encoder_steps + round(share * config.flow_steps)}")
+    # In minutes the encoder learns more than the network: the later a mel begins, the better it is understood.
+    flow.append("flow.start_time=0.8")
     parts.run("flow", [*stepaudio, "run", "flow", *flow, "--nproc", str(NUM_PROCESSES)])
     vocoder = [*data, f"run_dir={quoted(f'{run}/vocoder')}", seed]
     steps = share * config.vocoder_steps
