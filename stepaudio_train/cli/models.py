@@ -88,7 +88,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--reference", type=Path, metavar="FILE", help="conversations of the training, for `evaluate control`")
     add("--max-new-tokens", type=int, metavar="N", help="at most this many tokens an answer (default 512)")
     add("--temperature", type=float, metavar="T", help="of spoken answers (default 0.7)")
-    add("--written-temperature", type=float, metavar="T", help="of written ones (default 0: the most likely tokens)")
+    add("--written-temperature", type=float, metavar="T", help="of written ones (default 0.0: the most likely tokens)")
     add("--top-k", type=int, metavar="K", help="draw among the K most likely (default 50; 0: all)")
     add("--seed", type=int, metavar="N", help="of the drawing (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), help="where the model runs (default auto)")

@@ -158,8 +158,12 @@ def test_word_errors_of_each_kind_have_their_names():
 
 
 def test_settings_that_cannot_be_are_all_named():
-    wrong = ["corpus=no_such_folder", "num_recordings=0", "temperature=-1", "answers=none.jsonl"]
+    wrong = ["corpus=no_such_folder", "num_recordings=0", "temperature=-1"]
     with pytest.raises(ConfigError) as told:
         load_config("evaluate_decoder", DecoderEvaluationConfig, wrong, decoder_evaluation_problems)
-    for name in ("corpus=no_such_folder", "tokens=", "output: required", "num_recordings=0", "answers=none.jsonl"):
+    for name in ("corpus=no_such_folder", "tokens=", "output: required", "num_recordings=0", "temperature=-1"):
         assert name in str(told.value)
+    wrong = ["answers=nowhere", "model_dir=nowhere"]
+    with pytest.raises(ConfigError, match="answers=nowhere: holds no answers.jsonl") as told:
+        load_config("evaluate_decoder", DecoderEvaluationConfig, wrong, decoder_evaluation_problems)
+    assert "leave one of them out" in str(told.value) and "corpus" not in str(told.value)
