@@ -4,7 +4,7 @@
     make quickstart CORPUS=folder RUN=name                              # recordings of yours
     stepaudio run quickstart corpus=folder run_dir=runs/name heldout_speaker=theo
 
-About twenty minutes on two cores. Every part is a command that can be typed by itself (parts/*.json in the run
+It aims at 28 minutes on two cores. Every part is a command that can be typed by itself (parts/*.json in the run
 directory hold them), and what stopped half-way goes on from there. Writes report.html and summary.json. Fine-tuning
 takes conversations whose instruction tags are true, and a reward model and PPO take spoken questions. Both are made
 together with the espeak-ng corpus.
@@ -62,7 +62,7 @@ MOST_JOINED = 4
 def main(config: QuickstartConfig) -> None:
     run = Path(config.run_dir)
     with exclusive(run):
-        parts = Parts(run, total=22 if config.corpus is None else 12)
+        parts = Parts(run, total=12 if config.corpus is not None else 14 if config.until_fine_tuned else 22)
         try:
             _run_all(config, run, parts)
         except UserError as error:
@@ -151,7 +151,7 @@ def _stages(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[s
     steps = {"stage1": config.stage1_steps, "stage2": config.stage2_steps}
     for stage in STAGES:
         if stage == "stage3":
-            steps[stage] = round(_share(config, run, parts) * config.stage3_steps)
+            steps[stage] = _shared(_share(config, run, parts), config.stage3_steps)
         experiment = f"experiment=quickstart_{stage}"
         config_of_stage = to_mapping(load_config("pretrain", PretrainConfig, [experiment]))
         settings = [
@@ -193,9 +193,9 @@ def _preferences(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: l
     made = [sys.executable, "-m", "data_tools.make_question_preferences", f"{run}/instructions", folder]
     parts.run("preferences", [*made, "--seed", seed])
     share = _share(config, run, parts)
-    ppo_steps = round(share * config.ppo_steps)
+    ppo_steps = _shared(share, config.ppo_steps)
     lengths = {
-        "reward": [f"training.max_steps={round(share * config.reward_steps)}"],
+        "reward": [f"training.max_steps={_shared(share, config.reward_steps)}"],
         "ppo": [f"training.max_steps={ppo_steps}", f"critic.warmup_steps={int(WARMUP_SHARE * ppo_steps)}"],
     }
     for recipe, schema in (("reward", RewardConfig), ("ppo", PpoRunConfig)):
@@ -215,18 +215,18 @@ def _sound(config: QuickstartConfig, run: Path, parts: Parts, stepaudio: list[st
     share = _share(config, run, parts)
     data = [f"corpus={quoted(f'{run}/prepared')}"]
     seed, tokens = f"seed={config.seed}", f"tokens={quoted(f'{run}/tokens')}"
-    encoder_steps = round(share * config.flow_encoder_steps)
+    encoder_steps = _shared(share, config.flow_encoder_steps)
     flow = [*data, tokens, f"run_dir={quoted(f'{run}/flow')}", seed, f"training.encoder_steps={encoder_steps}"]
-    flow.append(f"training.max_steps={encoder_steps + round(share * config.flow_steps)}")
+    flow.append(f"training.max_steps={encoder_steps + _shared(share, config.flow_steps)}")
     # In minutes the encoder learns more than the network: the later a mel begins, the better it is understood.
     flow.append("flow.start_time=0.8")
     parts.run("flow", [*stepaudio, "run", "flow", *flow, "--nproc", str(NUM_PROCESSES)])
     vocoder = [*data, f"run_dir={quoted(f'{run}/vocoder')}", seed]
-    steps = share * config.vocoder_steps
-    vocoder.append(f"training.max_steps={round(steps)}")
+    steps = _shared(share, config.vocoder_steps)
+    vocoder.append(f"training.max_steps={steps}")
     vocoder.append(f"training.discriminators_from={round(MEL_SHARE * steps)}")
     # Rates that have hardly fallen leave a vocoder that makes little of the flow's smooth spectra.
-    vocoder.append(f"optimizer.half_life_steps={max(1, round(HALF_LIFE_SHARE * steps))}")
+    vocoder.append(f"optimizer.half_life_steps={_shared(HALF_LIFE_SHARE, steps)}")
     parts.run("vocoder", [*stepaudio, "run", "vocoder", *vocoder, "--nproc", str(NUM_PROCESSES)])
     folders = {"decoder": "flow", "vocoder": "vocoder", "output": "samples"}
     if config.corpus is None:
@@ -271,6 +271,10 @@ def _share(config: QuickstartConfig, run: Path, parts: Parts) -> float:
         )
     write_atomically(decided, json.dumps(share).encode())
     return share
+
+
+def _shared(share: float, steps: int) -> int:
+    return max(1, round(share * steps))
 
 
 def _join_max(config: QuickstartConfig, records: list[Record]) -> int:

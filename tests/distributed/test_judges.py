@@ -52,7 +52,7 @@ def test_a_judge_says_what_the_engine_says_with_less_memory(found, name):
     _, size, ranks = ENGINES[name]
     num_parameters = sum(value.numel() for value in dict(InitialWeights(MODEL, seed=3)).values())
     # Batches and what was found in them are no small part of a toy.
-    assert judge_bytes < 1.5 * size * num_parameters / ranks
+    assert judge_bytes < 1.3 * size * num_parameters / ranks
     assert engine_bytes > 2 * judge_bytes
 
 

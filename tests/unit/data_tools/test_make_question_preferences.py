@@ -21,15 +21,15 @@ def asked(number: int, answer: str) -> Record:
 
 
 def test_sentences_are_chosen_over_words_and_over_what_is_wrong():
-    pairs = list(question_preferences([asked(n, "it is five") for n in range(42)], seed=0))
-    assert [pair["category"] for pair in pairs] == [WRONG, WORD, WORD, WORD, WORD, WORD] * 7
+    pairs = list(question_preferences([asked(n, "it is five") for n in range(120)], seed=0))
+    assert [pair["category"] for pair in pairs] == [WRONG, WORD, WORD, WORD, WORD, WORD] * 20
     rejected = [pair["rejected"]["content"][0]["text"] for pair in pairs]
     wrong = rejected[::6]
     assert {text for n, text in enumerate(rejected) if n % 6} == {"five"}
-    assert len(set(wrong)) > 3 and "it is five" not in wrong and all(text.startswith("it is ") for text in wrong)
+    assert len(set(wrong)) > 5 and "it is five" not in wrong and all(text.startswith("it is ") for text in wrong)
     chosen = {pair["chosen"]["content"][0]["text"] for pair in pairs}
     assert chosen == {pair["reference"] for pair in pairs} == {"it is five"}
-    assert pairs != list(question_preferences([asked(n, "it is five") for n in range(42)], seed=1))
+    assert pairs != list(question_preferences([asked(n, "it is five") for n in range(120)], seed=1))
     (chinese,) = question_preferences([asked(0, "是五")], seed=0)
     assert chinese["rejected"]["content"][0]["text"][0] == "是"
     with pytest.raises(UserError, match="q7: does not end with a sentence of .*'maybe'"):

@@ -120,10 +120,10 @@ def test_a_loss_that_is_not_finite_is_told(config, tmp_path):
 
 
 def test_training_lowers_the_held_out_loss(config):
-    longer = replace(config.training, max_steps=36, eval_every=12)
+    longer = replace(config.training, max_steps=60, eval_every=12)
     recipe.main(replace(config, training=longer, optimizer=replace(config.optimizer, learning_rate=5e-3)))
     held_out = [line["val/loss"] for line in metrics(config) if "val/loss" in line]
-    assert len(held_out) == 3 and held_out[2] < 0.8 * held_out[0]
+    assert len(held_out) == 5 and held_out[-1] < 0.7 * held_out[0]
     flow = load_flow(Path(config.run_dir))
     assert flow.config == SIZES and not flow.training
     assert isinstance(find_speaker(Path(config.run_dir), 192), NoSpeaker)
