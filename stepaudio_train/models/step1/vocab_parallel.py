@@ -23,9 +23,9 @@ KEPT_BYTES = 2**28
 """Exponentials up to this size are kept between forward and backward; more are computed again."""
 # A slice of the logits: on a CPU what stays in a core's cache, on a GPU what is enough to fill it. Of a large
 # vocabulary more than that, since every slice reads all of the weight and adds to all of its gradient.
-_CPU_CHUNK_ELEMENTS = 2**21
+_CPU_CHUNK_ELEMENTS = 2**19
 _GPU_CHUNK_ELEMENTS = 2**26
-_MIN_CHUNK_TOKENS = 256
+_MIN_CHUNK_TOKENS = 128
 
 
 def target_log_probs(
@@ -60,8 +60,9 @@ def chunk_tokens(num_rows: int, on_gpu: bool) -> int:
 
 
 class _TargetLogProbs(torch.autograd.Function):
-    """A probability is p = e * s, with s = exp(row maximum - log-sum-exp); the entropy's gradient is made of
-    e * log e."""
+    """A probability is p = e * s, with s = exp(row maximum - log-sum-exp). So the gradient of a target's
+    log-probability is -s * (e - onehot / s): a factor for each row, which products need not be told element by element.
+    The entropy's gradient is made of e * log e."""
 
     @staticmethod
     def forward(
@@ -83,24 +84,32 @@ class _TargetLogProbs(torch.autograd.Function):
         local = local.masked_fill(~mine, 0)
         trained = any(ctx.needs_input_grad)
         keep = trained and hidden.shape[0] * weight.shape[0] * hidden.element_size() <= kept_bytes
-        kept = []
+        kept = hidden.new_empty(len(targets), weight.shape[0]) if keep else None
         maxima, sums, own, e_log_e = hidden.new_empty(4, len(targets), dtype=_precise(hidden.dtype)).unbind()
-        for part in _parts(hidden, weight):
-            logits = linear(hidden[part], weight).to(maxima.dtype)
+        # One for all slices: memory that is new has to be cleared by the system first.
+        slices = list(_parts(hidden, weight))
+        scratch = maxima.new_empty(slices[0].stop if slices else 0, weight.shape[0])
+        for part in slices:
+            logits = scratch[: part.stop - part.start].copy_(linear(hidden[part], weight))
             own[part] = logits.gather(1, local[part, None]).squeeze(1)
             torch.amax(logits, 1, out=maxima[part])
             exps = logits.sub_(maxima[part, None]).exp_()
             torch.sum(exps, 1, out=sums[part])
             if entropies:
                 torch.sum(torch.xlogy(exps, exps), 1, out=e_log_e[part])
-            if keep:
-                kept.append(exps.to(hidden.dtype))
+            if kept is not None:
+                kept[part] = exps
         norms = maxima + sums.log()
         found = sums.log() - e_log_e / sums if entropies else None
+        target_exps = (own - maxima).exp_()
         if group is not None and group.size() > 1 and len(targets):
             norms, own, found = _combine(norms, own.masked_fill(~mine, 0.0), found, group)
+        ctx.folded = kept is not None and not entropies
         if trained:
-            ctx.save_for_backward(hidden, weight, maxima, norms, local, mine, found, *kept)
+            folded = _less_target(target_exps, maxima, norms, mine)
+            if ctx.folded:
+                _set(kept, local, folded)
+            ctx.save_for_backward(hidden, weight, maxima, norms, local, mine, folded, found, kept)
         return own - norms, found
 
     @staticmethod
@@ -109,28 +118,49 @@ class _TargetLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad is None and grad_entropies is None:
             return (None,) * 7
-        hidden, weight, maxima, norms, local, mine, entropies, *kept = ctx.saved_tensors
+        hidden, weight, maxima, norms, local, mine, folded, entropies, kept = ctx.saved_tensors
         grad = torch.zeros_like(norms) if grad is None else grad
-        log_scales = maxima - norms
+        log_scales = _log_scales(maxima, norms)
         factors = -grad * log_scales.exp()
         if grad_entropies is not None:
             of_e_log_e = -grad_entropies * log_scales.exp()
-            factors = factors + of_e_log_e * (log_scales + entropies)
-        own = torch.where(mine, grad, 0.0)
+            of_e, own = factors + of_e_log_e * (log_scales + entropies), torch.where(mine, grad, 0.0)
+            factors = torch.ones_like(factors)
         grad_hidden = torch.empty_like(hidden)
         # A frozen head, as under adapters, has none. Slices are added up in fp32.
         grad_weight = torch.zeros_like(weight, dtype=norms.dtype) if ctx.needs_input_grad[1] else None
-        for index, part in enumerate(_parts(hidden, weight)):
-            exps = kept[index] if kept else linear(hidden[part], weight).to(norms.dtype).sub_(maxima[part, None]).exp_()
-            d_logits = exps * factors[part, None]
+        for part in [slice(None)] if ctx.folded else _parts(hidden, weight):
+            if kept is not None:
+                rows = kept[part]
+            else:
+                rows = linear(hidden[part], weight).to(norms.dtype).sub_(maxima[part, None]).exp_()
             if grad_entropies is not None:
-                d_logits += torch.xlogy(exps, exps).mul(of_e_log_e[part, None])
-            d_logits.scatter_add_(1, local[part, None], own[part, None])
-            d_logits = d_logits.to(weight.dtype)
-            torch.mm(d_logits, weight, out=grad_hidden[part])
+                rows = rows * of_e[part, None] + torch.xlogy(rows, rows) * of_e_log_e[part, None]
+                rows.scatter_add_(1, local[part, None], own[part, None])
+            elif not ctx.folded:
+                rows = rows.clone() if kept is not None else rows
+                _set(rows, local[part], folded[part])
+            rows = rows.to(weight.dtype)
+            torch.mm(rows, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                _add_product(grad_weight, d_logits.T, hidden[part])
+                _add_product(grad_weight, rows.T, (hidden[part] * factors[part, None]).to(hidden.dtype))
+        grad_hidden *= factors[:, None]
         return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _set(rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    """One element of each row. `scatter_` would copy all of them."""
+    rows[torch.arange(len(rows), device=rows.device), columns] = values.to(rows.dtype)
+
+
+def _log_scales(maxima: Tensor, norms: Tensor) -> Tensor:
+    """log s. Where all of this rank's logits are e^80 times smaller than another's, 1 / s would not be a number."""
+    return (maxima - norms).clamp_(min=-80.0)
+
+
+def _less_target(target_exps: Tensor, maxima: Tensor, norms: Tensor, mine: Tensor) -> Tensor:
+    """e - 1 / s of the targets on this rank, and e of column 0 for the others, which stands in their place."""
+    return torch.where(mine, target_exps - (-_log_scales(maxima, norms)).exp(), target_exps)
 
 
 def _parts(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

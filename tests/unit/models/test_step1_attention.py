@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stepaudio_train.models.step1 import attention
 from stepaudio_train.models.step1.attention import alibi_slopes, build_attention_bias, sqrt_alibi_attention
 
 
@@ -39,6 +40,23 @@ def test_backends_equal_reference_forward_and_backward(backend):
         results.append((out, q.grad, k.grad, v.grad))
     for ours, reference in zip(results[1], results[0], strict=True):
         assert torch.allclose(ours, reference, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("longest", [0, 512])
+def test_documents_in_bf16_lie_near_float64(groups, longest, monkeypatch):
+    """By torch's own function, as longer documents, and by plain products."""
+    monkeypatch.setattr(attention, "_LONGEST_PRODUCTS", longest)
+    documents = torch.tensor([[0] * 7 + [1] * 1 + [2] * 57, [0] * 64 + [1]], dtype=torch.int32)
+    inputs = [x.detach().bfloat16() for x in make_qkv(length=65, groups=groups, dim=40)]
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("documents", torch.bfloat16)):
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
+        out = sqrt_alibi_attention(q, k, v, build_attention_bias(documents, alibi_slopes(6), dtype, backend))
+        out.pow(2).sum().backward()
+        results.append([x.double() for x in (out, q.grad, k.grad, v.grad)])
+    for ours, reference in zip(results[1], results[0], strict=True):
+        assert (ours - reference).norm() < 1e-2 * reference.norm()
 
 
 def test_packed_rows_on_a_cpu_go_document_by_document():

@@ -91,6 +91,18 @@ def test_without_gradients_nothing_of_the_logits_is_kept():
     torch.testing.assert_close(got, (hidden @ weight.T).log_softmax(-1)[torch.arange(40), targets])
 
 
+@pytest.mark.parametrize("kept_bytes", [0, KEPT_BYTES])
+def test_what_is_certain_has_next_to_no_gradient_in_bf16(kept_bytes):
+    """1 - p is made of numbers that are not rounded yet."""
+    weight = torch.eye(64, dtype=torch.bfloat16).mul(10).requires_grad_()
+    hidden = torch.eye(64, dtype=torch.bfloat16)[:8].mul(1.25).requires_grad_()
+    log_probs, _ = target_log_probs(hidden, weight, torch.arange(8), kept_bytes=kept_bytes)
+    log_probs.sum().backward()
+    wrong = -torch.expm1(log_probs.detach().double())
+    assert 1e-4 < wrong.max() < 1e-3, "less than half of what bf16 tells apart from 1"
+    torch.testing.assert_close(hidden.grad.diagonal().double(), 10 * wrong, rtol=2e-2, atol=0.0)
+
+
 def test_no_tokens():
     hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     got, entropies = target_log_probs(hidden, weight, torch.empty(0, dtype=torch.int64), entropies=True)

@@ -112,7 +112,7 @@ def test_grpo_reaches_the_optimum(toy, tmp_path):
 
 def test_dpo_reaches_the_same_optimum(toy, tmp_path):
     common = toy_grpo_config(toy, toy / "guess", tmp_path / "run")
-    config = toy_dpo_config(toy, tmp_path / "run", max_steps=8, eval_every=0)
+    config = toy_dpo_config(toy, tmp_path / "run", max_steps=16, eval_every=0)
     data = PreferenceDataConfig(str(toy / "pairs.jsonl"))
     dpo.main(replace(config, model=common.model, data=data, loss=DpoConfig(beta=0.5, nll_weight=1.0)))
     assert share_right(toy, tmp_path / "run") == 1
