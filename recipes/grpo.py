@@ -11,9 +11,11 @@ from stepaudio_train.config.compose import run_recipe
 from stepaudio_train.config.policy_checks import grpo_run_problems
 from stepaudio_train.config.policy_runs import GrpoRunConfig
 from stepaudio_train.config.sft import with_text_tokenizer
+from stepaudio_train.engines.process_group import World, parted
 from stepaudio_train.objectives.grpo import GrpoLoss
 from stepaudio_train.rlhf.metrics import loss_metrics
 from stepaudio_train.rlhf.models import model_problems
+from stepaudio_train.rlhf.placement import serve_judges
 from stepaudio_train.rlhf.report import write_policy_report
 from stepaudio_train.rlhf.run import policy_run
 from stepaudio_train.rlhf.signals import grpo_signals
@@ -24,7 +26,15 @@ log = logging.getLogger("grpo")
 
 def main(config: GrpoRunConfig) -> None:
     config = with_text_tokenizer(config)
-    with policy_run(config, lambda c: partial(grpo_signals, config=c)) as (config, run, models, loader, samples):
+    with parted(config.judge_ranks) as world:
+        if world is not None and world.is_apart:
+            serve_judges(config, world)
+        else:
+            _learn(config, world)
+
+
+def _learn(config: GrpoRunConfig, world: World | None) -> None:
+    with policy_run(config, lambda c: partial(grpo_signals, config=c), world) as (config, run, models, loader, samples):
         finished = fit(
             config,
             models.policy,

@@ -35,7 +35,7 @@ def grpo_run_problems(config: GrpoRunConfig) -> list[str]:
 
 
 def _policy_run_problems(config: PolicyRunConfig) -> list[str]:
-    problems = layout_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
+    problems = _placement_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
     problems += _data_problems(config.data) + _reward_problems(config.reward)
     problems += rollout_problems(config.rollout, "rollout") + _training_problems(config)
     if config.rollout.temperature == 0:
@@ -43,6 +43,31 @@ def _policy_run_problems(config: PolicyRunConfig) -> list[str]:
             "rollout.temperature=0: the same answer every time shows nothing to learn from; type rollout.temperature=1"
         )
     return problems + init_problems(config) + training_problems(config)
+
+
+def _placement_problems(config: PolicyRunConfig, world_size: int) -> list[str]:
+    """Of the ranks of policy and critic, and of those of the models that judge."""
+    apart = config.judge_ranks
+    if apart == 0:
+        return layout_problems(config, world_size)
+    if not 0 < apart < world_size:
+        return [
+            f"judge_ranks={apart}: must be 0, or leave some of the {world_size} process(es) to the policy; type "
+            f"--nproc {max(2, apart + 1)}, or judge_ranks=0"
+        ]
+    problems = layout_problems(config, world_size - apart)
+    if not config.has_reference and config.reward.model is None:
+        problems.append(
+            f"judge_ranks={apart}: there is neither a reward model nor a reference of its own; type judge_ranks=0"
+        )
+    engine = config.engine
+    ranks = max(1, engine.tensor_parallel * engine.pipeline_parallel)
+    if apart % ranks or (engine.name == "local" and apart > 1):
+        problems.append(
+            f"judge_ranks={apart}: the models on them are cut as engine has it, over {ranks} rank(s) each"
+            f"{', of which engine.name=local takes one' if engine.name == 'local' else ''}; type judge_ranks={ranks}"
+        )
+    return problems
 
 
 def _data_problems(data: PromptDataConfig) -> list[str]:

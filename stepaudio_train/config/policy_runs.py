@@ -121,6 +121,14 @@ class PolicyRunConfig(RunConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardSourceConfig = field(default_factory=RewardSourceConfig)
     loss: PpoConfig | GrpoConfig = field(default_factory=PpoConfig)
+    judge_ranks: int = 0
+    """The last ranks, which hold the reference and the reward model alone, in the engine's layout; the others hold
+    policy and critic. 0: all ranks hold all models."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference is a model of its own, and not the policy without its adapters."""
+        return self.kl_coefficient > 0 and self.lora is None
 
     @property
     def answers_per_prompt(self) -> int:

@@ -43,6 +43,17 @@ class Judge(ABC):
 
     config: RunConfig
     device: torch.device
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    data_parallel_group: dist.ProcessGroup | None = None
+    """The ranks that hold what this one holds, one of each replica, in the replicas' order. None: one replica."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes logs."""
+        return self.rank == 0
 
     @abstractmethod
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -76,18 +87,6 @@ class Engine(Judge):
     Weights go in and out by their Hugging Face names and shapes (models/step1/weight_map.py); the engine cuts and
     joins them.
     """
-
-    rank: int
-    world_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
-    data_parallel_group: dist.ProcessGroup | None = None
-    """The ranks that hold what this one holds, one of each replica, in the replicas' order. None: one replica."""
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that writes logs."""
-        return self.rank == 0
 
     @property
     def is_replica_main(self) -> bool:

@@ -24,7 +24,8 @@ from stepaudio_train.engines.hf_model import (
     merged_weights,
     optimizer_groups,
 )
-from stepaudio_train.engines.precision import choose_device, choose_dtype
+from stepaudio_train.engines.precision import choose_dtype
+from stepaudio_train.engines.process_group import own_device
 from stepaudio_train.models.step1.fused import fuse, liger_parts
 from stepaudio_train.models.step1.lora import adapter_parameters, adapters_off, add_adapters, base_parameters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
@@ -45,7 +46,7 @@ class LocalEngine(Engine):
         self.config = config
         self.rank, self.world_size = 0, 1
         self.data_parallel_rank, self.data_parallel_size = 0, 1
-        self.device = choose_device(config.engine.device)
+        self.device = own_device(config.engine.device)
         self.dtype = choose_dtype(config.engine.precision, self.device)
         self.model = Step1ForCausalLM(config.model)
         if config.lora is not None:

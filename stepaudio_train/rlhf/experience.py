@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from stepaudio_train.config.policy_runs import PolicyRunConfig
 from stepaudio_train.data.batch import TASKS, TokenBatch
 from stepaudio_train.data.files import replacing
 from stepaudio_train.data.packing import Document, choose_rows, pack_rows
-from stepaudio_train.engines.base import Engine
+from stepaudio_train.engines.base import Judge
 from stepaudio_train.rollout.rollouts import Rollout
 
 T = TypeVar("T")
@@ -43,26 +44,35 @@ class Experience:
         extras = {name: lay_out(values, rows, sequence_length) for name, values in self.extras.items()}
         return replace(batch, extras=extras)
 
-    def save(self, path: Path) -> None:
-        """Write all of it, whole or not at all."""
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All of it, every tensor of all documents one behind the other."""
         own = {
             _LENGTHS: np.array([len(document) for document in self.documents]),
             f"{_OWN}tasks": np.array([document.task for document in self.documents]),
             f"{_OWN}ids": np.concatenate([document.ids for document in self.documents]),
             f"{_OWN}loss_weights": np.concatenate([document.loss_weights for document in self.documents]),
         }
-        with replacing(path) as temporary:
-            save_file({**own, **{name: np.concatenate(values) for name, values in self.extras.items()}}, temporary)
+        return {**own, **{name: np.concatenate(values) for name, values in self.extras.items()}}
 
     @classmethod
-    def load(cls, path: Path) -> Experience:
-        """Read what `save` wrote."""
-        tensors = load_file(path)
+    def from_tensors(cls, tensors: Mapping[str, NDArray[Any]]) -> Experience:
+        """The inverse of `tensors`."""
+        tensors = dict(tensors)
         ends = np.cumsum(tensors.pop(_LENGTHS))[:-1]
         tasks = tensors.pop(f"{_OWN}tasks").tolist()
         split = {name: np.split(values, ends) for name, values in tensors.items()}
         own = (split.pop(f"{_OWN}ids"), split.pop(f"{_OWN}loss_weights"), tasks)
         return cls([Document(*fields) for fields in zip(*own, strict=True)], split)
+
+    def save(self, path: Path) -> None:
+        """Write all of it, whole or not at all."""
+        with replacing(path) as temporary:
+            save_file(self.tensors(), temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> Experience:
+        """Read what `save` wrote."""
+        return cls.from_tensors(load_file(path))
 
 
 def document_of(rollout: Rollout, task: str) -> Document:
@@ -84,6 +94,12 @@ def rows_of(lengths: Sequence[int], chosen: Sequence[int], sequence_length: int,
     return rows + [[] for _ in range(-len(rows) % multiple)]
 
 
+def row_multiple(config: PolicyRunConfig, engine: Judge) -> int:
+    """Rows that all replicas share evenly, in micro-batches that the pipeline can take."""
+    stages = config.engine.pipeline_parallel if config.engine.virtual_pipeline > 1 else 1
+    return engine.data_parallel_size * config.training.micro_batch_rows * stages
+
+
 def lay_out(values: Sequence[NDArray[np.float32]], rows: Sequence[Sequence[int]], sequence_length: int) -> Tensor:
     """[R, T] float32: the numbers of each row's documents one behind the other, then zeros."""
     laid = np.zeros((len(rows), sequence_length), np.float32)
@@ -103,13 +119,13 @@ def take_up(laid: Tensor, rows: Sequence[Sequence[int]], lengths: Sequence[int])
     return found
 
 
-def own_share(items: Sequence[T], engine: Engine) -> Sequence[T]:
+def own_share(items: Sequence[T], engine: Judge) -> Sequence[T]:
     """This replica's equal run of what all replicas share; the last ones have one less where it does not go up."""
     bounds = np.linspace(0, len(items), engine.data_parallel_size + 1).round().astype(int)
     return items[bounds[engine.data_parallel_rank] : bounds[engine.data_parallel_rank + 1]]
 
 
-def of_all_replicas(value: T, engine: Engine) -> list[T]:
+def of_all_replicas(value: T, engine: Judge) -> list[T]:
     """Every replica's `value`, which its ranks have alike, on every rank, each of which must call it. Small picklable
     objects."""
     if engine.data_parallel_size == 1:
@@ -123,7 +139,7 @@ def measured(
     documents: Sequence[Document],
     rows: Sequence[Sequence[int]],
     sequence_length: int,
-    engine: Engine,
+    engine: Judge,
     measure: Callable[[TokenBatch], Mapping[str, Tensor]],
 ) -> dict[str, PerToken]:
     """What models say of every token of every document, the same on every rank, each of which must call it.

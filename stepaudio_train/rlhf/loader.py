@@ -28,11 +28,13 @@ from stepaudio_train.rlhf.experience import (
     measured,
     of_all_replicas,
     own_share,
+    row_multiple,
     rows_of,
     take_up,
 )
 from stepaudio_train.rlhf.metrics import Answers, answer_metrics, sample_lines
 from stepaudio_train.rlhf.models import SCORES, Models
+from stepaudio_train.rlhf.placement import JudgesApart
 from stepaudio_train.rlhf.prompts import Prompt, PromptOrder, Prompts
 from stepaudio_train.rlhf.rewards import ScoreScale, rewards_of
 from stepaudio_train.rlhf.rules import Said
@@ -52,9 +54,16 @@ class RolloutLoader:
     checkpoint holds the answers in hand."""
 
     def __init__(
-        self, config: PolicyRunConfig, models: Models, prompts: Prompts, renderer: Renderer, signals: Signals
+        self,
+        config: PolicyRunConfig,
+        models: Models,
+        prompts: Prompts,
+        renderer: Renderer,
+        signals: Signals,
+        judges_apart: JudgesApart | None = None,
     ) -> None:
         self._config, self._models, self._renderer, self._signals = config, models, renderer, signals
+        self._judges_apart = judges_apart
         self._prompts = prompts
         self._rollouts = RolloutModel(models.policy, config.rollout)
         self._order = PromptOrder(len(prompts), config.data.prompts_per_iteration, config.training.seed)
@@ -135,8 +144,10 @@ class RolloutLoader:
         documents = [document_of(one, prompt.task) for one, prompt in zip(rollouts, prompts, strict=True)]
         length, every = config.training.sequence_length, list(range(len(documents)))
         lengths = [len(document) for document in documents]
-        rows = rows_of(lengths, every, length, self._multiple())
+        rows = rows_of(lengths, every, length, row_multiple(config, engine))
+        told = self._judges_apart.ask(documents) if self._judges_apart is not None else dict
         known = measured(documents, rows, length, engine, self._models.measure)
+        known |= told()
         scores = self._scores(known.pop(SCORES, None))
 
         said = [self._said(prompt, rollout) for prompt, rollout in zip(prompts, rollouts, strict=True)]
@@ -180,19 +191,14 @@ class RolloutLoader:
 
     def _rows(self, chosen: Sequence[int]) -> list[list[int]]:
         lengths = [len(document) for document in self._experience.documents]
-        return rows_of(lengths, chosen, self._config.training.sequence_length, self._multiple())
-
-    def _multiple(self) -> int:
-        """Rows that all replicas share evenly, in micro-batches that the pipeline can take."""
-        engine = self._config.engine
-        stages = engine.pipeline_parallel if engine.virtual_pipeline > 1 else 1
-        return self._models.policy.data_parallel_size * self._config.training.micro_batch_rows * stages
+        multiple = row_multiple(self._config, self._models.policy)
+        return rows_of(lengths, chosen, self._config.training.sequence_length, multiple)
 
     @cached_property
     def _made_by(self) -> dict[str, str]:
         """What rewards depend on beside the configuration, by the key that sets it."""
         made_by = {"data": self._prompts.digest()}
-        if self._models.reward is not None:
+        if self._config.reward.model is not None:
             made_by["reward.model"] = fingerprint(self._config.reward.model)
         if self._config.kl_coefficient > 0:
             made_by["model.init"] = fingerprint(self._config.model.init)

@@ -1,4 +1,4 @@
-"""The models around a policy that learns from rewards: critic, reference, reward model; all in every process."""
+"""The models around a policy that learns from rewards: critic, reference, reward model."""
 
 from __future__ import annotations
 
@@ -31,15 +31,31 @@ SCORES = "reward_model"
 
 
 @dataclass(frozen=True)
+class Judges:
+    """Models that say what answers are worth, and do not learn."""
+
+    reference: Judge | None = None
+    """None: there is none, or it is the policy without its adapters."""
+    reward: Judge | None = None
+
+    def measure(self, micro_batches: Sequence[TokenBatch]) -> dict[str, Tensor]:
+        """What each says of this replica's rows; see `Models.measure`."""
+        found = {}
+        if self.reference is not None:
+            found[REFERENCE_LOG_PROBS] = _log_probs(self.reference.outputs(micro_batches))
+        if self.reward is not None:
+            found[SCORES] = _values(self.reward.outputs(micro_batches))
+        return found
+
+
+@dataclass(frozen=True)
 class Models:
-    """The policy, and what judges it."""
+    """The policy, and what judges it, of what this rank holds."""
 
     policy: Engine
     critic: Engine | None
     """None: there is none, or it is the policy's own value head."""
-    reference: Judge | None
-    """None: there is none, or it is the policy without its adapters."""
-    reward: Judge | None
+    judges: Judges
     config: PolicyRunConfig
 
     def measure(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -47,29 +63,40 @@ class Models:
         calls it."""
         micro_batches = batch.split(self.config.training.micro_batch_rows)
         policy = self.policy.outputs(micro_batches)
-        found = {OLD_LOG_PROBS: _joined([outputs.log_probs for outputs in policy])}
+        found = {OLD_LOG_PROBS: _log_probs(policy)}
         if self.critic is not None:
             found[OLD_VALUES] = _values(self.critic.outputs(micro_batches))
         elif self.policy.config.model.value_head:
             found[OLD_VALUES] = _values(policy)
-        if self.reference is not None:
-            reference = self.reference.outputs(micro_batches)
-            found[REFERENCE_LOG_PROBS] = _joined([outputs.log_probs for outputs in reference])
-        elif self.config.kl_coefficient > 0:
+        if self.config.kl_coefficient > 0 and not self.config.has_reference:
             with self.policy.without_adapters():
-                reference = self.policy.outputs(micro_batches)
-            found[REFERENCE_LOG_PROBS] = _joined([outputs.log_probs for outputs in reference])
-        if self.reward is not None:
-            found[SCORES] = _values(self.reward.outputs(micro_batches))
-        return found
+                found[REFERENCE_LOG_PROBS] = _log_probs(self.policy.outputs(micro_batches))
+        return {**found, **self.judges.measure(micro_batches)}
 
 
 @contextmanager
 def companions(config: PolicyRunConfig, policy: Engine, run: RunDirectory) -> Iterator[Models]:
-    """Start the models around the policy, with their weights, in the policy's layout. Every process enters it.
+    """Start the models around the policy, with their weights, in the policy's layout, but for judges that have ranks of
+    their own. Every rank of the policy enters it.
 
     A critic whose weights a checkpoint of the run holds is left without any.
     """
+    with ExitStack() as leaving:
+        judges = Judges() if config.judge_ranks else leaving.enter_context(judging(config))
+        critic = None
+        if isinstance(config, PpoRunConfig) and config.critic.kind == "own":
+            init = config.critic.init or config.reward.model or config.model.init
+            model = _model_of(init, config, value_head=True)
+            critic = build_engine(replace(config, model=model, optimizer=config.critic.optimizer))
+            leaving.callback(critic.close)
+            if config.lora is not None or latest_checkpoint(run.checkpoints) is None:
+                initialise(critic, critic.config)
+        yield Models(policy, critic, judges, config)
+
+
+@contextmanager
+def judging(config: PolicyRunConfig) -> Iterator[Judges]:
+    """Start reference and reward model, with their weights. Every rank that holds them enters it."""
     with ExitStack() as leaving:
 
         def judge(init: str | None, value_head: bool) -> Judge:
@@ -78,19 +105,9 @@ def companions(config: PolicyRunConfig, policy: Engine, run: RunDirectory) -> It
             initialise(started, started.config)
             return started
 
-        reward = reference = critic = None
-        if config.reward.model is not None:
-            reward = judge(config.reward.model, value_head=True)
-        if config.kl_coefficient > 0 and config.lora is None:
-            reference = judge(config.model.init, value_head=False)
-        if isinstance(config, PpoRunConfig) and config.critic.kind == "own":
-            init = config.critic.init or config.reward.model or config.model.init
-            model = _model_of(init, config, value_head=True)
-            critic = build_engine(replace(config, model=model, optimizer=config.critic.optimizer))
-            leaving.callback(critic.close)
-            if config.lora is not None or latest_checkpoint(run.checkpoints) is None:
-                initialise(critic, critic.config)
-        yield Models(policy, critic, reference, reward, config)
+        reward = judge(config.reward.model, value_head=True) if config.reward.model is not None else None
+        reference = judge(config.model.init, value_head=False) if config.has_reference else None
+        yield Judges(reference, reward)
 
 
 def _model_of(init: str | None, config: PolicyRunConfig, value_head: bool) -> ModelConfig:
@@ -128,7 +145,7 @@ def _misfits(source: Source, config: PolicyRunConfig) -> Iterator[str]:
     theirs, ours = source.model.vocab_size, config.model.vocab_size
     sizes = {name: getattr(source.model, name) for name in Step1Config.__dataclass_fields__}
     laid_out = replace(config, model=replace(config.model, **{**sizes, "vocab_size": ours}))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) - config.judge_ranks
     # What the policy breaks too is told of the policy.
     told = layout_problems(config, world_size)
     yield from (problem for problem in layout_problems(laid_out, world_size) if problem not in told)
@@ -141,9 +158,9 @@ def _misfits(source: Source, config: PolicyRunConfig) -> Iterator[str]:
         yield f"has another text tokenizer than vocabulary.text_tokenizer={tokenizer}; it has to read the policy's ids"
 
 
+def _log_probs(outputs: Sequence[TokenOutputs]) -> Tensor:
+    return torch.cat([one.log_probs for one in outputs])
+
+
 def _values(outputs: Sequence[TokenOutputs]) -> Tensor:
-    return _joined([one.values for one in outputs if one.values is not None])
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts))
+    return torch.cat([one.values for one in outputs if one.values is not None])

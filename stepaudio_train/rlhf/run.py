@@ -19,8 +19,10 @@ from stepaudio_train.data.conversation_files import Worker
 from stepaudio_train.data.conversations import chat_renderer, write_report
 from stepaudio_train.data.files import write_atomically
 from stepaudio_train.engines.base import Engine
+from stepaudio_train.engines.process_group import World
 from stepaudio_train.rlhf.loader import RolloutLoader
 from stepaudio_train.rlhf.models import Models, companions
+from stepaudio_train.rlhf.placement import judges_apart
 from stepaudio_train.rlhf.prompts import load_prompts
 from stepaudio_train.rlhf.rules import rule_problems
 from stepaudio_train.rlhf.signals import Signals
@@ -51,20 +53,21 @@ class SampleFiles:
 
 @contextmanager
 def policy_run(
-    config: C, signals: Callable[[C], Signals]
+    config: C, signals: Callable[[C], Signals], world: World | None = None
 ) -> Iterator[tuple[C, RunDirectory, Models, RolloutLoader, SampleFiles | None]]:
     """The configuration with its number of steps, the run's directory, claimed, the models, of which the policy is
     without weights, and what makes batches and samples. Every process of a run enters it.
 
     Args:
         signals: what the algorithm adds to answers.
+        world: where reference and reward model have ranks of their own, the policy's.
 
     Raises:
         ConfigError: the directory is not the run's, the tokenizer does not fit the vocabulary, or the prompts do not
             fit the rewards or the number of steps.
         UserError: the file holds no prompt that can be used.
     """
-    with engine_run(config) as (run, policy):
+    with engine_run(config) as (run, policy), judges_apart(world, policy) as apart:
         renderer = chat_renderer(config.vocabulary, Vocabulary.from_config(config.vocabulary))
         worker = Worker(policy.rank, policy.world_size, str(policy.device), policy.barrier, config.logging.progress_bar)
         prompts = load_prompts(config, renderer, run.path / "tokens", worker)
@@ -74,7 +77,7 @@ def policy_run(
         if policy.is_main:
             write_report({"data": prompts}, run.path / "data_report.json")
         with companions(config, policy, run) as models:
-            loader = RolloutLoader(config, models, prompts, renderer, signals(config))
+            loader = RolloutLoader(config, models, prompts, renderer, signals(config), apart)
             config = with_max_steps(config, loader.steps(config.data.epochs))
             _require_steps(config)
             if policy.is_main:

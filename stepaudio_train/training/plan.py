@@ -33,7 +33,8 @@ data-parallel size, for DeepSpeed all ranks). Read out of the engines, and check
                 compute type where that is no more than 256 MiB; the head's gradient as it is made, in fp32, where it is
                 trained (models/step1/vocab_parallel.py). Gradients that are not there at the step's first loss are not
                 counted twice
-    models      of PPO and GRPO: critic, reference, reward model and the one that draws answers (plan_models.py). They
+    models      of PPO and GRPO: critic, reference, reward model and the one that draws answers (plan_models.py), less
+                those that judge_ranks places elsewhere: the ranks planned are the policy's. They
                 compute one after the other, so activations are the policy's. How many micro-batches a step has follows
                 from the answers; planned as if each had a row of its own, which is the most
     runtime     an assumed 2 GiB on a GPU for the CUDA context, NCCL's buffers and fragmentation

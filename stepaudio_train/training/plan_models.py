@@ -11,7 +11,7 @@ from stepaudio_train.training.plan_states import States, base_elements, compute_
 
 def companion_states(config: PolicyRunConfig, stage: int, world_size: int) -> States:
     """Bytes of one rank of a pipeline stage, all models together, each taken to be as large as the policy, since no
-    file is looked at.
+    file is looked at. A rank of the policy, where reference and reward model have their own (`judge_ranks`).
 
     An own critic has all that a trained model has. A reference, which adapters need not, and a reward model have their
     weights alone, the model that draws answers too: whole, on the first rank of a replica, which is of the first stage.
@@ -21,7 +21,7 @@ def companion_states(config: PolicyRunConfig, stage: int, world_size: int) -> St
         critic = rank_states(config, stage, world_size)
         weights, gradients, optimizer = critic.weights, critic.gradients, critic.optimizer
         buffers, host = critic.buffers, critic.host
-    judges = (config.kl_coefficient > 0 and config.lora is None) + (config.reward.model is not None)
+    judges = 0 if config.judge_ranks else config.has_reference + (config.reward.model is not None)
     judge = _judge_bytes(config, stage, world_size)
     if config.engine.offload == "all":
         host += judges * judge

@@ -34,6 +34,8 @@ RUNS = [("ppo", engine) for engine in ENGINES] + [("grpo", engine) for engine in
 """What GRPO has of its own, means over an answer's group, is computed by replicas: layouts within one are PPO's."""
 # Two iterations, of which the second one is answered by a policy that has learned; a checkpoint within each.
 STEPS = {"max_steps": 4, "epochs_per_iteration": 2, "micro_batch_rows": 2, "export_hf": False}
+APART = {"ppo apart local": 2, "grpo apart dp2": 3}
+"""Runs whose judges have the last rank to themselves -> ranks in all."""
 KEYS = {
     "ppo": ("score", "kl/answer", "loss", "grad_norm", "entropy", "kl/reference", "loss/value", "critic/grad_norm"),
     "grpo": ("score", "kl/answer", "loss", "grad_norm", "entropy", "kl/reference"),
@@ -53,6 +55,11 @@ def folder(tmp_path_factory) -> Path:
         _learn(recipe, "local", {"name": "local"}, folder)
     run_distributed(_run_on_two_ranks, 2, folder, preload=PRELOAD)
     run_distributed(_learn, 1, "ppo", "moved", ENGINES["dp2"], folder, preload=PRELOAD)
+    for name, num_ranks in APART.items():
+        recipe, _, engine = name.split()
+        run_distributed(
+            _learn_apart, num_ranks, recipe, name, ENGINES.get(engine, {"name": engine}), folder, preload=PRELOAD
+        )
     return folder
 
 
@@ -64,6 +71,16 @@ def test_first_updates_are_those_of_one_process(folder, recipe, engine):
         keys = KEYS[recipe]
         assert {k: line[k] for k in keys} == {k: pytest.approx(wanted[k], rel=1e-4, abs=1e-4) for k in keys}
         assert (line["length"], line["ended"]) == (wanted["length"], wanted["ended"]), "the same answers"
+
+
+@pytest.mark.parametrize("name", APART)
+def test_judges_on_ranks_of_their_own_change_nothing(folder, name):
+    recipe = name.split()[0]
+    expected, found = (_lines(folder / run / "metrics.jsonl") for run in (f"{recipe} local", f"{recipe} {name}"))
+    assert len(found) == len(expected) == 4 and expected[0]["score"] != 0
+    for line, wanted in zip(found, expected, strict=True):
+        keys = KEYS[recipe]
+        assert {k: line[k] for k in keys} == {k: pytest.approx(wanted[k], rel=1e-4, abs=1e-4) for k in keys}
 
 
 def test_a_run_goes_on_at_another_number_of_replicas(folder):
@@ -89,7 +106,11 @@ def _run_on_two_ranks(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def _learn(recipe: str, name: str, engine: dict, folder: Path, **training: int) -> None:
+def _learn_apart(recipe: str, name: str, engine: dict, folder: Path) -> None:
+    _learn(recipe, name, engine, folder, judge_ranks=1)
+
+
+def _learn(recipe: str, name: str, engine: dict, folder: Path, judge_ranks: int = 0, **training: int) -> None:
     config_of = toy_ppo_config if recipe == "ppo" else toy_grpo_config
     # Adam's first steps make much of gradients that are next to nothing, such as rounding; a larger eps makes less.
     fields = {"optimizer": OptimizerConfig(learning_rate=1e-3, eps=1e-4)}
@@ -102,6 +123,7 @@ def _learn(recipe: str, name: str, engine: dict, folder: Path, **training: int) 
         engine=EngineConfig(device="cpu", **engine),
         data=replace(config.data, prompts_per_iteration=16 // config.answers_per_prompt),
         training=replace(config.training, **{**STEPS, **training}),
+        judge_ranks=judge_ranks,
     )
     module = ppo if recipe == "ppo" else grpo
     # Pages that nobody looks at take longer to draw than toy runs to learn.

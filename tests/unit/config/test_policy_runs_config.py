@@ -96,6 +96,34 @@ def test_a_critic_that_cannot_be_is_refused(files):
     assert load("ppo", *files, "critic.kind=shared", "critic.warmup_steps=0").critic.kind == "shared"
 
 
+@pytest.mark.parametrize(
+    "world_size, overrides, told",
+    [
+        (1, ["judge_ranks=1"], "type --nproc 2, or judge_ranks=0"),
+        (2, ["judge_ranks=-1"], "judge_ranks=-1: must be 0"),
+        (3, ["judge_ranks=2"], "of which engine.name=local takes one; type judge_ranks=1"),
+        (3, ["judge_ranks=1", "engine=megatron", "engine.tensor_parallel=2"], "type judge_ranks=2"),
+        (3, ["judge_ranks=2", "engine=megatron", "engine.tensor_parallel=2"], "number of processes, 1; type --nproc 2"),
+        (
+            2,
+            ["judge_ranks=1", "reward.model=null", "reward.rules={exact:1}", "loss.kl_coefficient=0"],
+            "there is neither a reward model nor a reference",
+        ),
+    ],
+)
+def test_ranks_that_cannot_be_set_apart_are_refused(files, monkeypatch, world_size, overrides, told):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    assert told in problems_of("ppo", *files, *overrides)
+
+
+def test_policy_and_judges_each_have_a_layout_of_their_own(files, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert load("ppo", *files, "judge_ranks=1").engine.name == "local"
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    layout = ["judge_ranks=2", "engine=megatron", "engine.tensor_parallel=2"]
+    assert load("grpo", *files, *layout).judge_ranks == 2
+
+
 def test_a_group_is_several_answers(files):
     assert "type loss.group_size=8" in problems_of("grpo", *files, "loss.group_size=1", "model.value_head=true")
     assert load("grpo", *files, "loss.group_size=4", "training.minibatches=256").answers_per_iteration == 256
