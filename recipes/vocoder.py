@@ -3,7 +3,6 @@
     stepaudio prepare recordings corpora/prepared
     stepaudio run vocoder corpus=corpora/prepared run_dir=runs/vocoder
     stepaudio run vocoder corpus=RECORDINGS run_dir=runs/vocoder experiment=vocoder_released num_workers=8 --nproc 8
-    stepaudio run vocoder corpus=corpora/prepared tokens=corpora/tokens flow=runs/flow
     stepaudio run vocoder corpus=RECORDINGS init=CosyVoice-300M-25Hz/hift.pt experiment=vocoder_released
 
 Writes hift.safetensors and hift.json (release=true: hift.pt too, for the released programs); on the way metrics.jsonl,
@@ -23,7 +22,6 @@ from stepaudio_train.config.vocoder_training import VocoderTrainConfig, vocoder_
 from stepaudio_train.data.segments import SegmentBatch, SegmentBatches, find_corpus
 from stepaudio_train.models.decoder.vocoder_files import save_vocoder
 from stepaudio_train.training.learning import learn, started
-from stepaudio_train.training.made_mels import made_mels
 from stepaudio_train.training.vocoder import HeldOutClips, VocoderLearner
 
 log = logging.getLogger("vocoder")
@@ -43,7 +41,6 @@ def main(config: VocoderTrainConfig) -> None:
             config.seed,
             dist.get_rank(),
             dist.get_world_size(),
-            made_mels(config, device),
         )
         learner = VocoderLearner(config, HeldOutClips(clips, config, logger), device)
 

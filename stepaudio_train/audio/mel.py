@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepaudio_train.config.vocoder import MelConfig
 
-LEAST_MAGNITUDE = 1e-5
+_FLOOR = 1e-5
 """Smallest magnitude of a bin before the logarithm."""
 _POWER_FLOOR = 1e-9
 """Keeps the gradient of the magnitude finite in silence."""
@@ -39,7 +39,7 @@ def decoder_log_mel(waveforms: Tensor, config: MelConfig) -> Tensor:
     spectrum = torch.view_as_real(torch.fft.rfft(frames * window))
     magnitudes = (spectrum.square().sum(-1) + _POWER_FLOOR).sqrt()
     mel = magnitudes @ _filters(config).to(magnitudes.device)
-    return mel.clamp(min=LEAST_MAGNITUDE).log().transpose(1, 2)
+    return mel.clamp(min=_FLOOR).log().transpose(1, 2)
 
 
 @lru_cache

@@ -69,15 +69,6 @@ class VocoderTrainConfig:
     """Of a prepared corpus. Of other recordings, as many as `held_out_clips` are held out by chance."""
     held_out_clips: int = 8
     """Clips that are measured, written to samples/ and never learned from."""
-    flow: str | None = None
-    """A trained flow, whose mels the vocoder hears beside those of the recordings: a run directory of `stepaudio run
-    flow`, or a released directory. A flow's mels are smoother. Needs a prepared corpus, and `tokens`."""
-    tokens: str | None = None
-    """What `stepaudio tokenize` made of the corpus."""
-    flow_clips: int = 400
-    """Recordings whose tokens the flow makes mels of, drawn by chance, before the training begins."""
-    flow_share: float = 0.5
-    """Of the segments, those that are heard as the flow's mel. The sound to learn is the recording's."""
     init: str | None = None
     """Weights to begin with, of `vocoder`'s sizes: a released hift.pt, or the hift.safetensors of a run."""
     vocoder: VocoderConfig = field(default_factory=lambda: VocoderConfig(base_channels=64))
@@ -105,30 +96,7 @@ def vocoder_train_problems(config: VocoderTrainConfig) -> list[str]:
         problems.append(f"held_out_clips={config.held_out_clips}: must be at least 1")
     if config.num_workers < 0:
         problems.append(f"num_workers={config.num_workers}: must not be under 0")
-    if config.flow is not None:
-        problems += _flow_problems(config)
-    elif config.tokens is not None:
-        problems.append(f"tokens={config.tokens}: is for the mels of a flow; type flow=RUN_DIR, or remove it")
     return problems + _training_problems(config) + _optimizer_problems(config.optimizer)
-
-
-def _flow_problems(config: VocoderTrainConfig) -> list[str]:
-    problems = []
-    if not Path(config.flow or "").is_dir():
-        problems.append(f"flow={config.flow}: no such folder; type the run directory of `stepaudio run flow`")
-    splits = {"tokens": config.tokens, "corpus": config.corpus}
-    for key, folder in splits.items():
-        if folder is None or not (Path(folder) / config.train_split).is_dir():
-            command = "stepaudio tokenize" if key == "tokens" else "stepaudio prepare"
-            problems.append(
-                f"{key}={folder}: the flow's mels are made of the split {config.train_split} of a prepared corpus and "
-                f"its tokens; type {key}=FOLDER of `{command}`"
-            )
-    if config.flow_clips < 1:
-        problems.append(f"flow_clips={config.flow_clips}: must be at least 1; type flow_clips=400")
-    if not 0 < config.flow_share <= 1:
-        problems.append(f"flow_share={config.flow_share}: must be over 0 and at most 1; type flow_share=0.5")
-    return problems
 
 
 def _training_problems(config: VocoderTrainConfig) -> list[str]:

@@ -94,7 +94,7 @@ class PairedSpeech(Dataset[PairedClip]):
             UserError: none of them can be used.
         """
         for place in chain(range(index, len(self)), range(index)):
-            clip = self.read(place)
+            clip = self._read(place)
             if clip is not None:
                 return clip
         raise UserError(f"{self._recordings.name}: none of its {len(self)} recordings can be used")
@@ -116,12 +116,7 @@ class PairedSpeech(Dataset[PairedClip]):
         order.shuffle(batches)
         return batches
 
-    def recording(self, index: int) -> int:
-        """A clip's number among all recordings of the prepared split."""
-        return self._pairs[index].recording
-
-    def read(self, index: int) -> PairedClip | None:
-        """A clip; None if it cannot be used, which has been told."""
+    def _read(self, index: int) -> PairedClip | None:
         recording, ids = self._pairs[index]
         waveform = self._recordings.read(recording)
         if waveform is None:

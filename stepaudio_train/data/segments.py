@@ -11,8 +11,7 @@ import logging
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stepaudio_train.audio import AudioError, read_audio
-from stepaudio_train.audio.mel import LEAST_MAGNITUDE
 from stepaudio_train.audio.pitch import LOWEST_HZ, yin
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.vocoder import MelConfig
@@ -163,25 +161,6 @@ class SegmentBatch(NamedTuple):
     """[B, margin + segment + margin] float32; zeros beyond a recording's ends."""
     f0_hz: Tensor
     """[B, T] of the segments alone, 0 where there is no voice."""
-    made_mels: Tensor | None
-    """[B, M, T] of the segments that are heard as a mel that was made, which is NaN for the others. None: none is."""
-
-
-@dataclass(frozen=True)
-class MadeMels:
-    """Mels that were made of recordings' tokens, in place of the recordings' own."""
-
-    mels: Mapping[int, Tensor]
-    """Recording -> [F, M], frame by frame beside it."""
-    share: float
-    """Of the segments."""
-
-
-class _Segment(NamedTuple):
-    waveform: Tensor
-    """With its margins."""
-    mel: Tensor | None
-    """[M, T]; None: the recording's own."""
 
 
 class SegmentBatches(Dataset[SegmentBatch]):
@@ -196,17 +175,14 @@ class SegmentBatches(Dataset[SegmentBatch]):
         seed: int,
         rank: int = 0,
         num_ranks: int = 1,
-        made: MadeMels | None = None,
     ) -> None:
         """
         Args:
             batch_segments: over all processes, whose number divides it; segment_samples: a multiple of the mel's hop.
-            made: None: every segment is heard as it was recorded.
         """
         self._recordings, self._mel = recordings, mel
         self._batch_segments, self._segment_samples = batch_segments, segment_samples
         self._seed, self._rank, self._num_ranks = seed, rank, num_ranks
-        self._made, self._made_recordings = made, sorted(made.mels) if made is not None else []
         self.margin_samples = margin_samples(mel)
 
     def __getitem__(self, step: int) -> SegmentBatch:
@@ -215,42 +191,17 @@ class SegmentBatches(Dataset[SegmentBatch]):
         """
         share = self._batch_segments // self._num_ranks
         first = step * self._batch_segments + self._rank * share
-        segments = [self._segment(number) for number in range(first, first + share)]
-        waveforms = torch.stack([segment.waveform for segment in segments])
+        waveforms = torch.stack([self._segment(number) for number in range(first, first + share)])
         margin_frames = self.margin_samples // self._mel.hop_samples
         hop_s = self._mel.hop_samples / self._mel.sample_rate_hz
         contours = torch.stack([yin(waveform, self._mel.sample_rate_hz, hop_s).f0_hz for waveform in waveforms])
-        return SegmentBatch(waveforms, contours[:, margin_frames:-margin_frames], self._made_mels(segments))
+        return SegmentBatch(waveforms, contours[:, margin_frames:-margin_frames])
 
-    def _made_mels(self, segments: Sequence[_Segment]) -> Tensor | None:
-        if self._made is None:
-            return None
-        own = torch.full((self._mel.num_bins, self._segment_samples // self._mel.hop_samples), math.nan)
-        return torch.stack([own if segment.mel is None else segment.mel for segment in segments])
-
-    def _segment(self, number: int) -> _Segment:
-        """The `number`-th segment that is ever drawn."""
+    def _segment(self, number: int) -> Tensor:
+        """The `number`-th segment that is ever drawn, with its margins."""
         draw = random.Random(f"{self._seed} segment {number}")
-        if self._made is not None and draw.random() < self._made.share:
-            recording = draw.choice(self._made_recordings)
-            waveform = self._recordings.read(recording)
-            if waveform is not None:
-                return self._made_segment(waveform, self._made.mels[recording], draw)
         waveform = self._readable(number)
-        start = draw.randrange(max(len(waveform) - self._segment_samples, 0) + 1)
-        return _Segment(self._cut(waveform, start), None)
-
-    def _made_segment(self, waveform: Tensor, mel: Tensor, draw: random.Random) -> _Segment:
-        """Begins where a frame does. What is longer, recording or mel, is silent in the other."""
-        frames = self._segment_samples // self._mel.hop_samples
-        first = draw.randrange(max(len(mel) - frames, 0) + 1)
-        inside = mel[first : first + frames].T
-        heard = F.pad(inside, (0, frames - inside.shape[1]), value=math.log(LEAST_MAGNITUDE))
-        return _Segment(self._cut(waveform, first * self._mel.hop_samples), heard)
-
-    def _cut(self, waveform: Tensor, start: int) -> Tensor:
-        """The segment that begins at sample `start`, with its margins."""
-        start -= self.margin_samples
+        start = draw.randrange(max(len(waveform) - self._segment_samples, 0) + 1) - self.margin_samples
         end = start + self._segment_samples + 2 * self.margin_samples
         inside = waveform[max(start, 0) : end]
         return F.pad(inside, (max(-start, 0), end - max(start, 0) - len(inside)))

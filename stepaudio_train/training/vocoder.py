@@ -129,9 +129,6 @@ class VocoderLearner:
             UserError: a loss is not finite, on every process.
         """
         recorded, mel = self._with_mel(batch.waveforms.to(self._device))
-        if batch.made_mels is not None:
-            made = batch.made_mels.to(self._device)
-            mel = torch.where(made.isnan(), mel, made)
         waveforms, f0_hz = self._synthesise(mel, number)
         speech = [JudgedSpeech(recorded, batch.f0_hz.to(self._device)), JudgedSpeech(waveforms, f0_hz)]
         found: dict[str, Tensor] = {}

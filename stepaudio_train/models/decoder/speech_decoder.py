@@ -15,9 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from stepaudio_train.audio.features import batches_of_like_length
-from stepaudio_train.config.decoder import FlowConfig, FlowSolverConfig, FlowStreamConfig, flow_inference_problems
+from stepaudio_train.config.decoder import FlowSolverConfig, FlowStreamConfig, flow_inference_problems
 from stepaudio_train.config.errors import ConfigError
-from stepaudio_train.config.vocoder import MelConfig
 from stepaudio_train.data.paired_speech import clip_mel
 from stepaudio_train.models.decoder.flow import FlowError, FlowMatching, FlowPrompt
 from stepaudio_train.models.decoder.flow_files import find_speaker, load_flow
@@ -42,36 +41,6 @@ _LONGEST_TOKENS = 2500
 """Clips of over a minute are made as they are streamed: the flow's memory grows with the square of the length."""
 
 
-def read_flow(directory: Path) -> tuple[FlowMatching, SpeakerEmbedding, FlowSolverConfig]:
-    """A flow, the speaker encoder that it learned with, and how mels are drawn from it.
-
-    Args:
-        directory: see `SpeechDecoder.from_directory`.
-
-    Raises:
-        DecoderWeightError, SpeakerError, FlowError: missing or broken files, or files that do not fit.
-    """
-    if is_released_decoder(directory):
-        flow, solver = read_released_flow(directory)
-    else:
-        flow, solver = load_flow(directory), FlowSolverConfig()
-    return flow, find_speaker(directory, flow.config.speaker_size), solver
-
-
-def require_fitting(flow: FlowConfig, mel: MelConfig) -> None:
-    """See that a vocoder takes the mels that a flow makes.
-
-    Raises:
-        FlowError: the two have other bins, rates or hops.
-    """
-    made = (flow.num_mel_bins, flow.sample_rate_hz, flow.hop_samples)
-    taken = (mel.num_bins, mel.sample_rate_hz, mel.hop_samples)
-    if made != taken:
-        raise FlowError(
-            f"flow and vocoder do not fit: one makes mels of (bins, Hz, hop) {made}, the other takes {taken}"
-        )
-
-
 class SpeechDecoder:
     """The speech decoder with the speaker encoder that it learned with. The same tokens and prompt, the same sound."""
 
@@ -87,7 +56,13 @@ class SpeechDecoder:
         FlowError: the vocoder takes another mel than the flow makes.
         ConfigError: a solver that cannot be.
         """
-        require_fitting(flow.config, vocoder.config.mel)
+        made = (flow.config.num_mel_bins, flow.config.sample_rate_hz, flow.config.hop_samples)
+        mel = vocoder.config.mel
+        if made != (mel.num_bins, mel.sample_rate_hz, mel.hop_samples):
+            raise FlowError(
+                f"flow and vocoder do not fit: one makes mels of (bins, Hz, hop) {made}, the other takes "
+                f"{(mel.num_bins, mel.sample_rate_hz, mel.hop_samples)}"
+            )
         self.solver = solver or FlowSolverConfig()
         if problems := flow_inference_problems(self.solver, FlowStreamConfig()):
             raise ConfigError(problems)
@@ -114,10 +89,15 @@ class SpeechDecoder:
         Raises:
             DecoderWeightError, SpeakerError, FlowError: missing or broken files, or files that do not fit.
         """
-        flow, speaker, own_solver = read_flow(directory)
+        if is_released_decoder(directory):
+            flow, released_solver = read_released_flow(directory)
+            solver = solver or released_solver
+        else:
+            flow = load_flow(directory)
+        speaker = find_speaker(directory, flow.config.speaker_size)
         vocoder = vocoder or directory
         read_vocoder = read_released_vocoder if is_released_decoder(vocoder) else load_vocoder
-        return cls(flow, read_vocoder(vocoder), speaker, solver or own_solver, device)
+        return cls(flow, read_vocoder(vocoder), speaker, solver, device)
 
     @property
     def sample_rate_hz(self) -> int:

@@ -2,20 +2,18 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from stepaudio_train.audio.mel import LEAST_MAGNITUDE
 from stepaudio_train.audio.pitch import yin
 from stepaudio_train.audio.speech_like import speech_like
 from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.vocoder import MelConfig
 from stepaudio_train.data.prepare import PrepareOptions, prepare
-from stepaudio_train.data.segments import FileRecordings, MadeMels, SegmentBatches, find_corpus
+from stepaudio_train.data.segments import FileRecordings, SegmentBatches, find_corpus
 
 MEL = MelConfig()
 RATE_HZ, SEGMENT = MEL.sample_rate_hz, 4096
@@ -34,7 +32,7 @@ def recordings(folder: Path) -> FileRecordings:
     return FileRecordings(str(folder), RATE_HZ, sorted(str(path) for path in folder.glob("*.wav")))
 
 
-def batches(folder: Path, seed: int = 0, **more: Any) -> SegmentBatches:
+def batches(folder: Path, seed: int = 0, **more: int) -> SegmentBatches:
     return SegmentBatches(recordings(folder), MEL, 4, SEGMENT, seed, **more)
 
 
@@ -67,33 +65,6 @@ def test_processes_share_a_batch_that_follows_from_seed_and_step(folder: Path):
     assert torch.equal(torch.cat([share.waveforms for share in shares]), whole.waveforms)
     assert torch.equal(torch.cat([share.f0_hz for share in shares]), whole.f0_hz)
     assert not torch.equal(batches(folder, seed=1)[7].waveforms, whole.waveforms)
-
-
-def test_a_made_mel_lies_beside_its_recording(folder: Path):
-    """Frames of these mels are numbered, and samples say where they are."""
-    mels = {
-        number: torch.arange(length // MEL.hop_samples).float()[:, None].expand(-1, 80)
-        for number, length in ((1, 9000), (3, 2000))
-    }
-    drawn = batches(folder, made=MadeMels(mels, share=0.5))
-    first, seen = drawn.margin_samples, set()
-    for step in range(12):
-        waveforms, _, made = drawn[step]
-        assert made is not None and made.shape == (4, MEL.num_bins, SEGMENT // MEL.hop_samples)
-        for waveform, mel in zip(waveforms, made, strict=True):
-            number = int(waveform[first] * 8) - 1
-            if mel.isnan().any():
-                assert mel.isnan().all()
-                seen.add("recorded")
-                continue
-            start = round(float(waveform[first] - (number + 1) / 8) * 2**17)
-            assert start == int(mel[0, 0]) * MEL.hop_samples
-            seen.add((number, start))
-            if number == 3:
-                assert mel[5, :7].tolist() == list(range(7))
-                torch.testing.assert_close(mel[:, 7:].exp(), torch.full((MEL.num_bins, 9), LEAST_MAGNITUDE))
-    assert {number for number, *_ in seen - {"recorded"}} == {1, 3} and "recorded" in seen
-    assert len(seen) > 10
 
 
 def test_pitch_at_the_ends_is_that_of_the_whole_recording(tmp_path: Path):
