@@ -42,17 +42,17 @@ NUM_PROCESSES = 2
 ROW_TOKENS = (256, 512, 1024, 2048)
 """Row lengths to choose from. What is longer than a row is not trained on."""
 TOKENS_PER_STEP = 2048
-RESERVE_S = 180.0
-"""Kept for evaluation and report when it is decided how long the rest may learn."""
+RESERVE_S = 390.0
+"""Kept for what does not learn, starts and evaluations, when it is decided how long the rest may learn."""
 LEAST_SHARE = 0.25
 """Of the steps that are asked for, on the slowest machine."""
 SFT_TOKENS = 840_000
 """Of the conversations at scale 1, rows filled up and recordings' encoding counted in."""
-DECODER_STEP_TOKENS = {"flow_encoder_steps": 1300, "flow_steps": 4300, "vocoder_steps": 2600}
+DECODER_STEP_TOKENS = {"flow_encoder_steps": 1300, "flow_steps": 4300, "vocoder_steps": 1000}
 """What stage 3 learns in the time of such a step."""
-PREFERENCE_STEP_TOKENS = {"reward_steps": 4000, "ppo_steps": 13000}
+PREFERENCE_STEP_TOKENS = {"reward_steps": 4000, "ppo_steps": 28000}
 """As `DECODER_STEP_TOKENS`."""
-MEL_SHARE, HALF_LIFE_SHARE = 6 / 7, 2 / 7
+MEL_SHARE, HALF_LIFE_SHARE = 49 / 50, 2 / 7
 """Of the vocoder's steps: those before its discriminators, and those in which its rates fall by half."""
 WARMUP_SHARE = 1 / 9
 """Of PPO's steps, in which the critic learns alone."""

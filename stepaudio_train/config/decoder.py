@@ -73,7 +73,7 @@ class FlowSolverConfig:
     __pydantic_config__ = _STRICT
 
     num_steps: int = 10
-    """Euler steps from noise to mel."""
+    """Euler steps from noise to mel. A mel that begins later (`FlowConfig.start_time`) takes its share of them."""
     guidance: float = 0.7
     """Weight of classifier-free guidance; 0 leaves it out and halves the work."""
     seed: int = 0

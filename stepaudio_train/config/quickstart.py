@@ -44,9 +44,9 @@ class QuickstartConfig:
     """Of the policy that learns from it, the critic's warm-up counted in. No effect with `corpus`."""
     flow_encoder_steps: int = 800
     """Of the speech decoder's flow, before its network learns."""
-    flow_steps: int = 250
+    flow_steps: int = 150
     """Of the flow's network."""
-    vocoder_steps: int = 1400
+    vocoder_steps: int = 2000
     until_fine_tuned: bool = False
     """End behind the fine-tuning, without preferences, sound and report. Not with `corpus`."""
     minutes: float = 28.0

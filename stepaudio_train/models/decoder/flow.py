@@ -142,7 +142,8 @@ class FlowMatching(nn.Module):
         start, x = self.config.start_time, noise.transpose(1, 2)
         if start > 0:
             x = torch.lerp(x, condition[:, : self.config.num_mel_bins], start)
-        times = (start + (1 - start) * cosine_times(torch.linspace(0, 1, solver.num_steps + 1))).tolist()
+        num_steps = max(1, round((1 - start) * solver.num_steps))
+        times = (start + (1 - start) * cosine_times(torch.linspace(0, 1, num_steps + 1))).tolist()
         for time, following in pairwise(times):
             x = x + (following - time) * self._guided_velocity(x, condition, time, mask, solver.guidance)
         return x.transpose(1, 2)

@@ -152,7 +152,7 @@ def test_all_that_is_wrong_is_told_at_once(monkeypatch, tmp_path: Path):
         "training.batch_segments=4",
         "optimizer.average=1.0",
         "optimizer.learning_rate=0",
-        "vocoder.base_channels=18",
+        "vocoder.base_channels=17",
     ]
     with pytest.raises(ConfigError) as told:
         load_config("vocoder", VocoderTrainConfig, wrong, vocoder_train_problems)
