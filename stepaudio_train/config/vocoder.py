@@ -97,6 +97,9 @@ class VocoderLossConfig:
     __pydantic_config__ = _STRICT
 
     mel: float = 45.0
+    highest_hz: float | None = None
+    """Up to where the mel loss hears. None: half the sample rate, wherever the decoder's mel ends. Above half the rate
+    of recordings that were resampled there is nothing, and learning to make nothing takes most of the loss."""
     features: float = 2.0
     relativistic: float = 1.0
     relativistic_limit: float = 0.04

@@ -104,6 +104,12 @@ def vocoder_train_problems(config: VocoderTrainConfig) -> list[str]:
         problems.append(f"corpus={config.corpus}: no such file or folder; type corpus=FOLDER")
     if config.init is not None and not Path(config.init).is_file():
         problems.append(f"init={config.init}: no such file; type init=FILE.pt or init=FILE.safetensors")
+    highest_hz = config.losses.highest_hz
+    if highest_hz is not None and not 0 < highest_hz <= config.vocoder.mel.sample_rate_hz / 2:
+        problems.append(
+            f"losses.highest_hz={highest_hz:g}: must be over 0 and at most half of vocoder.mel.sample_rate_hz="
+            f"{config.vocoder.mel.sample_rate_hz}; type losses.highest_hz=null for that"
+        )
     if config.held_out_clips < 1:
         problems.append(f"held_out_clips={config.held_out_clips}: must be at least 1")
     if config.num_workers < 0:

@@ -38,7 +38,7 @@ def generator_losses(
 
     Without scores, `mel` and `f0` alone.
     """
-    spectral = mel_loss(recorded.waveforms, generated.waveforms, mel)
+    spectral = mel_loss(recorded.waveforms, generated.waveforms, mel, weights.highest_hz)
     f0 = F.l1_loss(generated.f0_hz, recorded.f0_hz)
     loss = weights.mel * spectral + weights.f0 * f0
     if not generated.scores:
@@ -64,14 +64,15 @@ def discriminator_losses(
     return {"loss": loss, "adversarial": adversarial, "relativistic": relativistic}
 
 
-def mel_loss(recorded: Tensor, generated: Tensor, mel: MelConfig) -> Tensor:
-    """Mean absolute difference of the log-mel, in nats, up to half the sample rate wherever the decoder's mel ends.
+def mel_loss(recorded: Tensor, generated: Tensor, mel: MelConfig, highest_hz: float | None = None) -> Tensor:
+    """Mean absolute difference of the log-mel, in nats.
 
     Args:
         recorded, generated: [B, N].
+        highest_hz: see `VocoderLossConfig`.
     """
-    wide = replace(mel, highest_hz=None)
-    return F.l1_loss(decoder_log_mel(generated, wide), decoder_log_mel(recorded, wide))
+    heard = replace(mel, highest_hz=highest_hz)
+    return F.l1_loss(decoder_log_mel(generated, heard), decoder_log_mel(recorded, heard))
 
 
 def feature_matching_loss(recorded: Sequence[Sequence[Tensor]], generated: Sequence[Sequence[Tensor]]) -> Tensor:

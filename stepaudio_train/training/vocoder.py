@@ -44,7 +44,7 @@ class HeldOutClips:
         Args:
             clips: [samples] at the mel's rate.
         """
-        self._config, self._logger = config.vocoder, logger
+        self._config, self._logger, self._highest_hz = config.vocoder, logger, config.losses.highest_hz
         self._folder, self._seed = Path(config.run_dir) / "samples", config.seed
         self._clips = [self._whole_frames(clip) for clip in clips]
 
@@ -65,7 +65,7 @@ class HeldOutClips:
             made = vocoder(decoder_log_mel(waveform, mel), generator)
             wanted_hz = yin(clip, mel.sample_rate_hz, mel.hop_samples / mel.sample_rate_hz).f0_hz
             made_hz, voiced = made.f0_hz[0].cpu(), wanted_hz > limit_hz
-            spectral += float(mel_loss(waveform, made.waveform, mel)) * len(voiced)
+            spectral += float(mel_loss(waveform, made.waveform, mel, self._highest_hz)) * len(voiced)
             pitch += float((made_hz - wanted_hz).abs()[voiced].sum())
             voicing += float(((made_hz > limit_hz) != voiced).sum())
             frames, voiced_frames = frames + len(voiced), voiced_frames + int(voiced.sum())

@@ -53,7 +53,7 @@ def test_relativistic_loss_of_equals_is_nothing():
     assert scores[0].grad.isfinite().all()
 
 
-def test_mel_loss_is_of_the_whole_band():
+def test_mel_loss_is_of_the_whole_band_or_up_to_a_limit():
     mel = MelConfig(highest_hz=4000.0)
     clip = noise(2, 4096)
     assert mel_loss(clip, clip, mel).item() == 0
@@ -61,6 +61,7 @@ def test_mel_loss_is_of_the_whole_band():
     high = clip + 0.1 * torch.sin(torch.arange(4096) * (2 * torch.pi * 9000 / 22050))
     narrow = (decoder_log_mel(high, mel) - decoder_log_mel(clip, mel)).abs().mean()
     assert mel_loss(clip, high, mel) > 10 * narrow
+    assert mel_loss(clip, high, mel, highest_hz=4000.0) == narrow
 
 
 def test_the_sum_is_weighted():

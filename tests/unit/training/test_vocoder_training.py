@@ -153,6 +153,7 @@ def test_all_that_is_wrong_is_told_at_once(monkeypatch, tmp_path: Path):
         "optimizer.average=1.0",
         "optimizer.learning_rate=0",
         "vocoder.base_channels=17",
+        "losses.highest_hz=12000",
     ]
     with pytest.raises(ConfigError) as told:
         load_config("vocoder", VocoderTrainConfig, wrong, vocoder_train_problems)
