@@ -22,7 +22,7 @@ class DeafHackingConfig:
     base: str = "runs/quickstart"
     """Run directory of a quick start: its folders sft/, tokenizer/ and instructions/ are what the policy begins with.
     Where there is no such folder, one is made in RUN_DIR/base."""
-    conversations: int = 400
+    conversations: int = 600
     """Spoken questions to learn from, each in four conditions."""
     held_out: int = 120
     """Spoken questions to measure on, each in four conditions."""
@@ -31,11 +31,11 @@ class DeafHackingConfig:
     cannot find out what is paid for it."""
     sft_epochs: float = 3.25
     """How often fine-tuning goes through the questions."""
-    reward_epochs: float = 1.0
+    reward_epochs: float = 1.5
     """How often each reward model goes through its preferences."""
-    ppo_steps: int = 60
+    ppo_steps: int = 40
     """Of each policy, the critic's warm-up counted in."""
-    measure_every: int = 15
+    measure_every: int = 10
     """Steps of a policy between measurements on held-out questions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0

@@ -36,7 +36,7 @@ from stepaudio_train.models.step1.attention import (
 
 _NAMES = {
     "dense": "SDPA, dense bias",
-    "documents": "SDPA by document",
+    "documents": "by document",
     "flex": "FlexAttention",
     "reference": "scores written out",
     "triton": "Triton kernels",
