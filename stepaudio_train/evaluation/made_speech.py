@@ -75,8 +75,8 @@ def shuffled(speech: SpeechTokens, seed: int) -> SpeechTokens:
     """The same groups of codes in another order: what a decoder makes that does not need to be told what is said."""
     groups = num_groups(len(speech.linguistic), len(speech.semantic))
     order = np.random.default_rng(seed).permutation(groups)
-    linguistic = speech.linguistic[: groups * LINGUISTIC_PER_GROUP].reshape(groups, -1)
-    semantic = speech.semantic[: groups * SEMANTIC_PER_GROUP].reshape(groups, -1)
+    linguistic = speech.linguistic[: groups * LINGUISTIC_PER_GROUP].reshape(groups, LINGUISTIC_PER_GROUP)
+    semantic = speech.semantic[: groups * SEMANTIC_PER_GROUP].reshape(groups, SEMANTIC_PER_GROUP)
     return SpeechTokens(linguistic[order].reshape(-1), semantic[order].reshape(-1))
 
 

@@ -69,6 +69,7 @@ def test_shuffled_tokens_are_the_same_groups_in_another_order():
     np.testing.assert_array_equal(speech.linguistic, np.repeat(order, 2))
     np.testing.assert_array_equal(speech.semantic, np.repeat(order, 3))
     np.testing.assert_array_equal(shuffled(codes(20), seed=1).semantic, speech.semantic)
+    assert not len(shuffled(codes(0), seed=1).linguistic), "a model may say nothing"
 
 
 def test_clips_without_tokens_are_silent_and_counted():
