@@ -11,11 +11,11 @@ from stepaudio_train.config.compose import run_recipe
 from stepaudio_train.config.policy_checks import grpo_run_problems
 from stepaudio_train.config.policy_runs import GrpoRunConfig
 from stepaudio_train.config.sft import with_text_tokenizer
-from stepaudio_train.engines.process_group import World, parted
+from stepaudio_train.engines.process_group import World
 from stepaudio_train.objectives.grpo import GrpoLoss
 from stepaudio_train.rlhf.metrics import loss_metrics
 from stepaudio_train.rlhf.models import model_problems
-from stepaudio_train.rlhf.placement import serve_judges
+from stepaudio_train.rlhf.placement import with_judges
 from stepaudio_train.rlhf.report import write_policy_report
 from stepaudio_train.rlhf.run import policy_run
 from stepaudio_train.rlhf.signals import grpo_signals
@@ -26,11 +26,7 @@ log = logging.getLogger("grpo")
 
 def main(config: GrpoRunConfig) -> None:
     config = with_text_tokenizer(config)
-    with parted(config.judge_ranks) as world:
-        if world is not None and world.is_apart:
-            serve_judges(config, world)
-        else:
-            _learn(config, world)
+    with_judges(config, lambda world: _learn(config, world))
 
 
 def _learn(config: GrpoRunConfig, world: World | None) -> None:

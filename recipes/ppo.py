@@ -12,13 +12,13 @@ from stepaudio_train.config.policy_checks import ppo_run_problems
 from stepaudio_train.config.policy_runs import PpoRunConfig
 from stepaudio_train.config.sft import with_text_tokenizer
 from stepaudio_train.engines.base import Engine
-from stepaudio_train.engines.process_group import World, parted
+from stepaudio_train.engines.process_group import World
 from stepaudio_train.objectives.base import Objective
 from stepaudio_train.objectives.ppo import PolicyAndValueLoss, PolicyLoss, ValueLoss
 from stepaudio_train.rlhf.actor_critic import ActorCritic
 from stepaudio_train.rlhf.metrics import loss_metrics
 from stepaudio_train.rlhf.models import model_problems
-from stepaudio_train.rlhf.placement import serve_judges
+from stepaudio_train.rlhf.placement import with_judges
 from stepaudio_train.rlhf.report import write_policy_report
 from stepaudio_train.rlhf.run import delayed_rate, policy_run, with_value_head
 from stepaudio_train.rlhf.signals import ppo_signals
@@ -29,11 +29,7 @@ log = logging.getLogger("ppo")
 
 def main(config: PpoRunConfig) -> None:
     config = with_value_head(with_text_tokenizer(config))
-    with parted(config.judge_ranks) as world:
-        if world is not None and world.is_apart:
-            serve_judges(config, world)
-        else:
-            _learn(config, world)
+    with_judges(config, lambda world: _learn(config, world))
 
 
 def _learn(config: PpoRunConfig, world: World | None) -> None:

@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 from stepaudio_train.config.policy_runs import PolicyRunConfig
 from stepaudio_train.data.packing import Document
 from stepaudio_train.engines.base import Judge
-from stepaudio_train.engines.process_group import World
+from stepaudio_train.engines.process_group import World, parted
 from stepaudio_train.rlhf.experience import Experience, PerToken, measured, row_multiple, rows_of
 from stepaudio_train.rlhf.models import Judges, judging
 
@@ -86,7 +86,20 @@ def judges_apart(world: World | None, engine: Judge) -> Iterator[JudgesApart | N
         judges.close()
 
 
-def serve_judges(config: PolicyRunConfig, world: World) -> None:
+def with_judges(config: PolicyRunConfig, learn: Callable[[World | None], None]) -> None:
+    """Learn on the policy's ranks, and judge on the last `config.judge_ranks`. Every launched rank calls it.
+
+    Args:
+        learn: of the policy's world; None where all ranks hold all models.
+    """
+    with parted(config.judge_ranks) as world:
+        if world is not None and world.is_apart:
+            _serve(config, world)
+        else:
+            learn(world)
+
+
+def _serve(config: PolicyRunConfig, world: World) -> None:
     """Be one of the ranks that hold the judges, until the policy leaves. Every one of them calls it."""
     # A signal to stop is for the policy, which ends its step with the judges' help and then lets them go.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
