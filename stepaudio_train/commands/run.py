@@ -27,8 +27,8 @@ from stepaudio_train.config.errors import UserError
 from stepaudio_train.config.paths import recipes_dir
 
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Steps on a CPU take and give back many megabytes; in large pages that costs up to a tenth less of their time (glibc 2.35 or
-newer; others do not look at it)."""
+"""Steps on a CPU take and give back many megabytes; in large pages that costs up to a tenth less of their time (glibc
+2.35 or newer; others do not look at it)."""
 _TAIL_LINES = 40
 _POLL_S = 0.1
 _GRACE_S = 5.0
