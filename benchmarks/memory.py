@@ -88,6 +88,7 @@ LAYOUTS = (
     Layout("megatron bf16", 1, ("engine=megatron", "engine.precision=bf16")),
     Layout("megatron fp32 TP=2", 2, ("engine=megatron", "engine.tensor_parallel=2")),
     Layout("megatron fp32 PP=2", 2, ("engine=megatron", "engine.pipeline_parallel=2")),
+    Layout("megatron fp32 CP=2", 2, ("engine=megatron", "engine.context_parallel=2")),
     Layout("megatron fp32 DP=2", 2, ("engine=megatron",)),
     Layout("megatron bf16 DP=2", 2, ("engine=megatron", "engine.precision=bf16")),
     Layout(

@@ -46,6 +46,7 @@ CONTENDERS = (
     Contender("megatron", 1, ("engine=megatron",)),
     Contender("megatron DP=2", 2, ("engine=megatron",)),
     Contender("megatron TP=2", 2, ("engine=megatron", "engine.tensor_parallel=2")),
+    Contender("megatron CP=2", 2, ("engine=megatron", "engine.context_parallel=2")),
     Contender("megatron PP=2", 2, ("engine=megatron", "engine.pipeline_parallel=2")),
 )
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepaudio_train.commands.plan_layouts import PAPER_TOKENS, show_figures, show_layouts
-from stepaudio_train.config.checks import layout_problems
+from stepaudio_train.config.checks import layout_problems, replica_ranks
 from stepaudio_train.config.compose import load_config, save_config
 from stepaudio_train.config.errors import ConfigError, UserError
 from stepaudio_train.config.gpus import GPUS, GpuName
@@ -80,7 +80,7 @@ def show_plan(options: PlanOptions) -> int:
     config = load_config(options.recipe, _CONFIGS[options.recipe], options.overrides)
     if options.gpus is not None:
         return _search(options, config)
-    ranks = options.world_size or config.engine.tensor_parallel * config.engine.pipeline_parallel
+    ranks = options.world_size or replica_ranks(config.engine)
     # Adapters need weights to adapt; which ones does not matter here.
     started = replace(config, model=replace(config.model, init=config.model.init or "DIR"))
     problems = layout_problems(started, ranks)

@@ -150,14 +150,14 @@ def _problems(
 
 
 def _layout_table(found: Found, cluster: Cluster, tokens: float, stop_s: float) -> Table:
-    columns = ("", "TP", "PP", "VP", "DP", "rows", "recompute", "GiB", "bubble %", "step s", "MFU %", "days")
+    columns = ("", "TP", "CP", "PP", "VP", "DP", "rows", "recompute", "GiB", "bubble %", "step s", "MFU %", "days")
     table = Table(*columns, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns:
         column.justify = "right"
     for rank, candidate in enumerate(found.best[:_SHOWN], 1):
         layout, time = candidate.layout, candidate.time
         table.add_row(
-            *(str(number) for number in (rank, layout.tp, layout.pp, layout.vp, layout.dp, layout.micro_rows)),
+            *map(str, (rank, layout.tp, layout.cp, layout.pp, layout.vp, layout.dp, layout.micro_rows)),
             layout.recompute,
             f"{candidate.peak_bytes / 2**30:.1f}",
             f"{100 * time.bubble_s / time.total_s:.1f}",
@@ -197,8 +197,8 @@ def _show_best(
     published = best.as_published(cluster.gpu)
     utilisation = best.flops_utilisation(cluster.gpu) * time.total_s / published.total_s
     console.print(
-        "With TP's communication beside the matmuls, cuDNN's attention and gradients reduced in bf16, as the "
-        f"published runs have them: {published.total_s:.2f} s, MFU {100 * utilisation:.1f}%.",
+        "With TP's communication beside the matmuls, CP's behind attention, cuDNN's attention and gradients reduced in "
+        f"bf16, as the published runs have them: {published.total_s:.2f} s, MFU {100 * utilisation:.1f}%.",
         soft_wrap=True,
     )
     typed = [shlex.quote(override) for override in overrides_between(config, best.config)]
@@ -208,7 +208,7 @@ def _show_best(
 def _name(candidate: Candidate) -> str:
     layout = candidate.layout
     recompute = "" if layout.recompute == "none" else f", recompute {layout.recompute}"
-    return f"TP {layout.tp}, PP {layout.pp}, VP {layout.vp}, {layout.micro_rows} row(s){recompute}"
+    return f"TP {layout.tp}, CP {layout.cp}, PP {layout.pp}, VP {layout.vp}, {layout.micro_rows} row(s){recompute}"
 
 
 def _as_json(config: RunConfig, found: Found, cluster: Cluster, tokens: float, stop_s: float) -> dict[str, Any]:

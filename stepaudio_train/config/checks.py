@@ -14,6 +14,9 @@ from stepaudio_train.config.rlhf import dpo_problems, reward_loss_problems
 from stepaudio_train.config.schema import DataConfig, EngineConfig, PretrainConfig, RunConfig, Task
 from stepaudio_train.config.sft import ChatTask, SftConfig, with_text_tokenizer
 
+_PARTS = ("tensor_parallel", "context_parallel", "pipeline_parallel", "virtual_pipeline")
+"""Fields of the engine that cut the model or its rows."""
+
 
 def pretrain_problems(config: PretrainConfig) -> list[str]:
     """One line for each rule that `config` breaks in the world it is started in ($WORLD_SIZE processes)."""
@@ -90,7 +93,12 @@ def layout_problems(config: RunConfig, world_size: int) -> list[str]:
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Model replicas; at least 1, whatever the layout asks for."""
-    return max(1, world_size // (config.engine.tensor_parallel * config.engine.pipeline_parallel))
+    return max(1, world_size // replica_ranks(config.engine))
+
+
+def replica_ranks(engine: EngineConfig) -> int:
+    """Ranks over which a model replica is cut; at least 1, whatever the layout asks for."""
+    return max(1, engine.tensor_parallel * engine.context_parallel * engine.pipeline_parallel)
 
 
 def _model_problems(config: RunConfig) -> list[str]:
@@ -154,33 +162,33 @@ def _lora_problems(config: RunConfig) -> list[str]:
 def _layout_of_model_problems(config: RunConfig, world_size: int) -> list[str]:
     engine, model = config.engine, config.model
     tp, pp, vp = engine.tensor_parallel, engine.pipeline_parallel, engine.virtual_pipeline
-    problems = [
-        f"engine.{name}={value}: must be at least 1"
-        for name, value in (("tensor_parallel", tp), ("pipeline_parallel", pp), ("virtual_pipeline", vp))
-        if value < 1
-    ]
+    parts = {name: getattr(engine, name) for name in _PARTS}
+    problems = [f"engine.{name}={value}: must be at least 1" for name, value in parts.items() if value < 1]
     if problems:
         return problems
+    is_cut = max(parts.values()) > 1
+    named = ", ".join(f"{name}={value}" for name, value in parts.items())
     if engine.name == "local":
-        if tp * pp * vp > 1 or world_size > 1:
+        if is_cut or world_size > 1:
             problems.append(
-                f"engine.name=local: is one process, got tensor_parallel={tp}, pipeline_parallel={pp}, "
-                f"virtual_pipeline={vp} and {world_size} process(es); type engine=megatron"
+                f"engine.name=local: is one process, got {named} and {world_size} process(es); type engine=megatron"
             )
         if engine.extra:
             problems.append("engine.extra: the local engine takes none; type engine=megatron, or remove it")
         return problems
     if engine.name == "deepspeed":
-        if tp * pp * vp > 1:
+        if is_cut:
             problems.append(
-                f"engine.name=deepspeed: cuts the model over data-parallel ranks (engine.zero_stage), got "
-                f"tensor_parallel={tp}, pipeline_parallel={pp}, virtual_pipeline={vp}; type engine=megatron"
+                f"engine.name=deepspeed: cuts the model over data-parallel ranks (engine.zero_stage), got {named}; "
+                "type engine=megatron"
             )
         return problems
-    if world_size % (tp * pp):
+    ranks = replica_ranks(engine)
+    if world_size % ranks:
+        cut = " x ".join(f"engine.{name}={value}" for name, value in parts.items() if name != "virtual_pipeline")
         problems.append(
-            f"engine.tensor_parallel={tp} x engine.pipeline_parallel={pp} = {tp * pp}: must divide the number of "
-            f"processes, {world_size}; type --nproc {tp * pp}, or a multiple of it"
+            f"{cut} = {ranks}: must divide the number of processes, {world_size}; type --nproc {ranks}, or a multiple "
+            "of it"
         )
     for name, value in (
         ("num_attention_heads", model.num_attention_heads),
@@ -201,7 +209,7 @@ def _layout_of_model_problems(config: RunConfig, world_size: int) -> list[str]:
 
 def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
     engine, training = config.engine, config.training
-    if min(engine.tensor_parallel, engine.pipeline_parallel) < 1:
+    if min(getattr(engine, name) for name in _PARTS) < 1:
         return []
     problems = []
     dp = data_parallel_size(config, world_size)
@@ -217,16 +225,23 @@ def _batch_problems(config: RunConfig, world_size: int) -> list[str]:
             f"training.micro_batch_rows={micro}: gives {rows // dp // micro} micro-batches a step, and the interleaved "
             f"schedule needs a multiple of engine.pipeline_parallel={engine.pipeline_parallel}"
         )
-    if engine.tensor_parallel > 1 and training.sequence_length % engine.tensor_parallel:
+    tp, cp, length = engine.tensor_parallel, engine.context_parallel, training.sequence_length
+    if cp > 1 and length % (2 * cp * tp):
         problems.append(
-            f"training.sequence_length={training.sequence_length}: sequence parallelism cuts it into "
-            f"engine.tensor_parallel={engine.tensor_parallel} equal parts"
+            f"training.sequence_length={length}: context and sequence parallelism cut it into 2 x "
+            f"engine.context_parallel={cp} x engine.tensor_parallel={tp} equal parts; type "
+            f"training.sequence_length={-(-length // (2 * cp * tp)) * 2 * cp * tp}"
+        )
+    elif length % tp:
+        problems.append(
+            f"training.sequence_length={length}: sequence parallelism cuts it into engine.tensor_parallel={tp} equal "
+            "parts"
         )
     return problems
 
 
 def _stream_problems(config: PretrainConfig, world_size: int) -> list[str]:
-    if min(config.engine.tensor_parallel, config.engine.pipeline_parallel) < 1:
+    if min(getattr(config.engine, name) for name in _PARTS) < 1:
         return []
     problems = []
     dp = data_parallel_size(config, world_size)

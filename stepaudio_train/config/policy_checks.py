@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from stepaudio_train.config.checks import init_problems, layout_problems, training_problems
+from stepaudio_train.config.checks import init_problems, layout_problems, replica_ranks, training_problems
 from stepaudio_train.config.policy_runs import (
     CriticConfig,
     GrpoRunConfig,
@@ -61,7 +61,7 @@ def _placement_problems(config: PolicyRunConfig, world_size: int) -> list[str]:
             f"judge_ranks={apart}: there is neither a reward model nor a reference of its own; type judge_ranks=0"
         )
     engine = config.engine
-    ranks = max(1, engine.tensor_parallel * engine.pipeline_parallel)
+    ranks = replica_ranks(engine)
     if apart % ranks or (engine.name == "local" and apart > 1):
         problems.append(
             f"judge_ranks={apart}: the models on them are cut as engine has it, over {ranks} rank(s) each"

@@ -82,6 +82,11 @@ class VocabularyConfig:
         return self.text_size + self.linguistic_size + self.semantic_size + self.reserved_size
 
 
+Recompute = Literal["none", "selective", "full", "offload"]
+"""What is computed again in the backward: nothing; attention; or whole layers, of which the inputs alone are kept, on
+the device or (`offload`) in host memory."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How the model is computed: one process (`local`), Megatron-Core's 3D parallelism, or DeepSpeed's ZeRO."""
@@ -94,10 +99,12 @@ class EngineConfig:
     """auto: bf16 where the device multiplies bf16 natively, else fp32. Master weights are always fp32."""
     tensor_parallel: int = 1
     """Ranks that share each matrix. Sequence parallelism comes with it whenever it is over 1."""
+    context_parallel: int = 1
+    """Ranks that share each row's tokens, for rows too long for one. `megatron` only."""
     pipeline_parallel: int = 1
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule). Needs pipeline_parallel > 1 when over 1."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     fused_kernels: Literal["auto", "liger", "none"] = "auto"
     """Who computes norms and SwiGLU. auto: liger-kernel on CUDA where it is installed, but norms only of a hidden size
     of 8192 and more, below which PyTorch's are faster; PyTorch elsewhere. On a GPU `megatron` has a fused SwiGLU of its

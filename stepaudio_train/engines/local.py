@@ -170,7 +170,7 @@ class LocalEngine(Engine):
 
     def _forward(self, batch: TokenBatch, entropies: bool) -> TokenOutputs:
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        recompute = self.config.engine.recompute != "none" and torch.is_grad_enabled()
+        recompute = self.config.engine.recompute if torch.is_grad_enabled() else "none"
         with autocast:
             return TokenOutputs(
                 *self.model.token_outputs(

@@ -91,14 +91,7 @@ def fit(
     stop = StopOnSignal()
     memory = MemoryLog(config, engine)
     meter = _Meter(config, engine, state, summarise)
-    logger = MetricsLogger(run, config) if engine.is_main else None
-    bar = tqdm(
-        total=training.max_steps,
-        initial=state.step,
-        unit="step",
-        disable=not (engine.is_main and config.logging.progress_bar),
-        dynamic_ncols=True,
-    )
+    display = _Display(config, engine, run, state.step)
     if rate_at is None:
         rate_at = partial(learning_rate_at, max_steps=training.max_steps, config=config.optimizer)
     finished, step = True, state.step
@@ -116,10 +109,7 @@ def fit(
                 metrics |= {f"val/{name}": value for name, value in found.items()}
                 early_stop.judge(step, metrics)
                 last = last or early_stop.reached
-            if logger is not None and (last or evaluated or step % training.log_every == 0):
-                logger.write(metrics)
-            bar.update()
-            bar.set_postfix_str(f"loss {result.loss:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s", refresh=False)
+            display.show(metrics, write=last or evaluated or step % training.log_every == 0)
             if sampler is not None and not last and _every(sampler.every_steps, step):
                 sampler(engine, step)
             checkpoints.settle(wait=False)
@@ -133,16 +123,10 @@ def fit(
                 break
         checkpoints.settle(wait=True)
     finally:
-        bar.close()
+        display.close()
         stop.restore()
-        if logger is not None:
-            logger.close()
     if finished:
-        if early_stop.best is not None and early_stop.best.step != step:
-            step = early_stop.best.step
-            checkpoints.return_to(step)
-            log.info("the best weights, of step %d, are the result", step)
-        _write_result(config, engine, run, step, sampler)
+        _write_result(config, engine, run, _best_step(step, early_stop, checkpoints), sampler)
     if engine.is_main:
         report(run.path)
     return finished
@@ -160,6 +144,16 @@ def _begin(config: RunConfig, engine: Engine, checkpoints: Checkpoints) -> Train
     if config.lora is None:
         initialise(engine, config)
     return TrainingState(0, 0, 0.0, config.engine.name)
+
+
+def _best_step(step: int, early_stop: EarlyStop, checkpoints: Checkpoints) -> int:
+    """The step whose weights are the result, which the engine has then: the last, or an earlier one that was better."""
+    best = early_stop.best
+    if best is None or best.step == step:
+        return step
+    checkpoints.return_to(best.step)
+    log.info("the best weights, of step %d, are the result", best.step)
+    return best.step
 
 
 def _write_result(config: RunConfig, engine: Engine, run: RunDirectory, step: int, sampler: Sampler | None) -> None:
@@ -184,6 +178,33 @@ def _card_metrics(step: int, run: RunDirectory) -> dict[str, float]:
     lines = (line for line in read_metrics(run.metrics_file) if line["step"] == step)
     metrics = next(lines, {})
     return {name: value for name, value in metrics.items() if name.startswith(("loss", "val/"))}
+
+
+class _Display:
+    """The progress bar, and the files and services that metrics go to; silent but on the main rank."""
+
+    def __init__(self, config: RunConfig, engine: Engine, run: RunDirectory, step: int) -> None:
+        self._logger = MetricsLogger(run, config) if engine.is_main else None
+        self._bar = tqdm(
+            total=config.training.max_steps,
+            initial=step,
+            unit="step",
+            disable=not (engine.is_main and config.logging.progress_bar),
+            dynamic_ncols=True,
+        )
+
+    def show(self, metrics: dict[str, float | int], write: bool) -> None:
+        """Count a step; `write` its metrics too."""
+        if self._logger is not None and write:
+            self._logger.write(metrics)
+        self._bar.update()
+        told = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+        self._bar.set_postfix_str(told, refresh=False)
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._logger is not None:
+            self._logger.close()
 
 
 class _Meter:

@@ -1,7 +1,8 @@
 """Memory that a run needs on each rank, from its configuration alone.
 
 Counted, in bytes a rank (p: parameters it holds; t: those that are trained, adapters alone with LoRA; dp:
-data-parallel size, for DeepSpeed all ranks). Read out of the engines, and checked by benchmarks/memory.py.
+ranks that hold the same weights, which are DP times CP, and for DeepSpeed all). Read out of the engines, and checked by
+benchmarks/memory.py.
 
     weights     local 4p; with adapters 2p (bf16) or 4p for what stays as it is, and 4t. megatron bf16 2p, fp32 4p.
                 deepspeed 2p or 4p, adapters too; ZeRO-3 that / dp
@@ -26,7 +27,8 @@ data-parallel size, for DeepSpeed all ranks). Read out of the engines, and check
                 on a CPU the norms' inner results and the attention's joined documents. Autocast keeps the residual
                 stream in fp32, casts anew for every matrix, and has bf16 copies of all weights until the backward.
                 Adapters take the layers' activations as they are, and their own of `rank` numbers.
-                Full recomputation keeps each layer's input h/t and one layer's activations.
+                Full recomputation keeps each layer's input h/t (`offload`: in host memory) and one layer's activations.
+                Under context parallelism a rank has its share of the tokens, and keys and values of all: 2k/t more.
                 Times the micro-batches in flight: pp - stage under 1F1B, and (2(pp - stage - 1) + (vp - 1)pp + 1) / vp
                 under the interleaved schedule, but no more than there are.
                 With them the head (last stage): its input; a slice of the logits in fp32, and all of them in the
@@ -55,7 +57,7 @@ from stepaudio_train.config.checks import data_parallel_size
 from stepaudio_train.config.policy_runs import PolicyRunConfig
 from stepaudio_train.config.schema import RunConfig
 from stepaudio_train.models.step1.weight_map import num_parameters
-from stepaudio_train.training.plan_activations import activation_bytes
+from stepaudio_train.training.plan_activations import activation_bytes, offloaded_bytes
 from stepaudio_train.training.plan_models import companion_states
 from stepaudio_train.training.plan_states import States, base_elements, rank_states
 
@@ -143,5 +145,5 @@ def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: i
         activations=activation_bytes(config, stage, micro_batches, states),
         models=others.weights + others.gradients + others.optimizer + others.buffers,
         runtime=0 if config.engine.device == "cpu" else _RUNTIME_BYTES,
-        host=states.host + others.host,
+        host=states.host + others.host + offloaded_bytes(config, stage, micro_batches),
     )

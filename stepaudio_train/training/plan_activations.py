@@ -34,18 +34,34 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int, states: 
 def kept_bytes(config: RunConfig, stage: int, micro_batches: int) -> int:
     """Activations of all micro-batches in flight at a stage."""
     model, engine = config.model, config.engine
-    pp, vp = engine.pipeline_parallel, engine.virtual_pipeline
     layer = layer_activation_bytes(config)
-    kept = _tokens(config) * _residual_bytes(config) * model.hidden_size // engine.tensor_parallel
-    if not _recomputes(config):
-        kept = layer
-    in_flight = pp - stage if vp == 1 else 2 * (pp - stage - 1) + (vp - 1) * pp + 1
-    total = min(micro_batches * vp, in_flight) * (model.num_hidden_layers // (pp * vp)) * kept
-    total += layer if _recomputes(config) else 0
+    if _recomputes(config):
+        total = layer + (0 if _offloads(config) else _layer_inputs_bytes(config, stage, micro_batches))
+    else:
+        total = _layers_in_flight(config, stage, micro_batches) * layer
     if engine.device == "cpu":
-        heads = model.num_attention_heads // engine.tensor_parallel
-        total += heads * config.training.sequence_length**2 * compute_bytes(config)
+        heads, cp = model.num_attention_heads // engine.tensor_parallel, engine.context_parallel
+        # Biases of all pairs; of a row that is cut, of a rank's two pieces with the keys up to their ends.
+        seen = 1.0 if cp == 1 else (2 * cp + 1) / (4 * cp * cp)
+        total += int(seen * heads * config.training.sequence_length**2) * compute_bytes(config)
     return total
+
+
+def offloaded_bytes(config: RunConfig, stage: int, micro_batches: int) -> int:
+    """Activations of all micro-batches in flight at a stage that lie in host memory."""
+    return _layer_inputs_bytes(config, stage, micro_batches) if _offloads(config) else 0
+
+
+def _layer_inputs_bytes(config: RunConfig, stage: int, micro_batches: int) -> int:
+    """What layers that are computed again keep of all micro-batches in flight."""
+    one = _tokens(config) * _residual_bytes(config) * config.model.hidden_size // config.engine.tensor_parallel
+    return _layers_in_flight(config, stage, micro_batches) * one
+
+
+def _layers_in_flight(config: RunConfig, stage: int, micro_batches: int) -> int:
+    pp, vp = config.engine.pipeline_parallel, config.engine.virtual_pipeline
+    in_flight = pp - stage if vp == 1 else 2 * (pp - stage - 1) + (vp - 1) * pp + 1
+    return min(micro_batches * vp, in_flight) * (config.model.num_hidden_layers // (pp * vp))
 
 
 def layer_activation_bytes(config: RunConfig) -> int:
@@ -62,7 +78,9 @@ def layer_activation_bytes(config: RunConfig) -> int:
     if is_mixed(config):
         return tokens * (4 * (2 * h + norms) + size * (7 * h + joined + 2 * kv + 4 * inner))
     unfused = inner if on_cpu or engine.name != "megatron" else 0
-    elements = 6 * h + 2 * kv + 3 * inner + norms + joined + unfused + low_rank
+    # Keys and values of whole rows, gathered.
+    gathered = 2 * kv * engine.context_parallel if engine.context_parallel > 1 else 0
+    elements = 6 * h + 2 * kv + 3 * inner + norms + joined + unfused + low_rank + gathered
     return tokens * size * elements // engine.tensor_parallel
 
 
@@ -150,11 +168,17 @@ def _residual_bytes(config: RunConfig) -> int:
 def _recomputes(config: RunConfig) -> bool:
     """Only Megatron knows `selective`, which gives back nothing that counts here: attention keeps no scores."""
     recompute = config.engine.recompute
-    return recompute == "full" if config.engine.name == "megatron" else recompute != "none"
+    return recompute in ("full", "offload") if config.engine.name == "megatron" else recompute != "none"
+
+
+def _offloads(config: RunConfig) -> bool:
+    """On a CPU, host memory is the device's."""
+    return config.engine.recompute == "offload" and config.engine.device != "cpu"
 
 
 def _tokens(config: RunConfig) -> int:
-    return config.training.micro_batch_rows * config.training.sequence_length
+    """Of a micro-batch, on one rank of those that share its rows."""
+    return config.training.micro_batch_rows * config.training.sequence_length // config.engine.context_parallel
 
 
 def _vocab_rows(config: RunConfig) -> int:

@@ -14,6 +14,7 @@ from stepaudio_train.training.plan import plan_run
 
 _TENSOR_PARALLEL = (1, 2, 4, 8)
 """Tensor parallelism beyond the GPUs of one machine is slow, so none is proposed."""
+_CONTEXT_PARALLEL = (1, 2, 4, 8)
 _MORE_RANKS = (1, 2, 4, 8)
 
 
@@ -34,8 +35,8 @@ def remedies(config: RunConfig, world_size: int, memory_bytes: float) -> list[Re
     """Changes that make a run fit, those with the fewest first: the best of each way (the engine as it is, adapters,
     DeepSpeed, Megatron-Core).
 
-    Empty if nothing that is tried fits (TP up to 8, PP up to the number of layers, ranks up to 8 times as many, one row
-    a micro-batch).
+    Empty if nothing that is tried fits (TP and CP up to 8, PP up to the number of layers, ranks up to 8 times as many,
+    one row a micro-batch).
     """
     found: dict[tuple[Any, ...], Remedy] = {}
     for changed, ranks in _by_changes(config, world_size):
@@ -59,9 +60,8 @@ def _by_changes(config: RunConfig, world_size: int) -> list[tuple[RunConfig, int
 
 def _candidates(config: RunConfig, world_size: int) -> Iterator[tuple[RunConfig, int]]:
     for engine_fields, ranks in _engines(config, world_size):
-        for lora, recompute, micro in product(
-            _adapters(config), dict.fromkeys((config.engine.recompute, "full")), {config.training.micro_batch_rows, 1}
-        ):
+        recomputes = dict.fromkeys((config.engine.recompute, "full", "offload"))
+        for lora, recompute, micro in product(_adapters(config), recomputes, {config.training.micro_batch_rows, 1}):
             changed = replace(
                 config,
                 engine=replace(config.engine, recompute=recompute, **engine_fields),
@@ -89,16 +89,22 @@ def _engines(config: RunConfig, world_size: int) -> Iterator[tuple[dict[str, Any
     if "deepspeed" in names:
         stages = [stage for stage in (1, 2, 3) if engine.name != "deepspeed" or stage >= engine.zero_stage]
         offloads = {"none": ("none", "optimizer", "all"), "optimizer": ("optimizer", "all"), "all": ("all",)}
-        alone = {"tensor_parallel": 1, "pipeline_parallel": 1, "virtual_pipeline": 1}
+        alone = {"tensor_parallel": 1, "context_parallel": 1, "pipeline_parallel": 1, "virtual_pipeline": 1}
         for stage, offload, more in product(stages, offloads[engine.offload], _MORE_RANKS):
             yield {"name": "deepspeed", "zero_stage": stage, "offload": offload, **alone}, world_size * more
     if "megatron" in names:
         layers = config.model.num_hidden_layers
         pipelines = [stages for stages in range(1, layers + 1) if layers % stages == 0]
-        for tp, pp in product(_TENSOR_PARALLEL, pipelines):
+        for tp, cp, pp in product(_TENSOR_PARALLEL, _CONTEXT_PARALLEL, pipelines):
             virtual = engine.virtual_pipeline if pp == engine.pipeline_parallel else 1
-            fields = {"tensor_parallel": tp, "pipeline_parallel": pp, "virtual_pipeline": virtual}
-            for ranks in {-(-world_size // (tp * pp)) * tp * pp, *(world_size * more for more in _MORE_RANKS)}:
+            fields = {
+                "tensor_parallel": tp,
+                "context_parallel": cp,
+                "pipeline_parallel": pp,
+                "virtual_pipeline": virtual,
+            }
+            replica = tp * cp * pp
+            for ranks in {-(-world_size // replica) * replica, *(world_size * more for more in _MORE_RANKS)}:
                 yield {"name": "megatron", "offload": "none", **fields}, ranks
 
 

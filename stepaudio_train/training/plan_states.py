@@ -41,7 +41,8 @@ class States:
 def rank_states(config: RunConfig, stage: int, world_size: int) -> States:
     """States of a rank of one pipeline stage. The layout must be valid."""
     if config.engine.name == "megatron":
-        return _megatron(config, stage, data_parallel_size(config, world_size))
+        # Ranks that share rows have the same weights, as those of other replicas do.
+        return _megatron(config, stage, data_parallel_size(config, world_size) * config.engine.context_parallel)
     if config.engine.name == "local":
         return _local(config)
     return _zero3(config, world_size) if config.engine.zero_stage == 3 else _zero12(config, world_size)
@@ -93,11 +94,12 @@ def _local(config: RunConfig) -> States:
     return States(weights, 4 * trained, 8 * trained, late_gradients=4 * trained, update=4 * _largest_trained(config))
 
 
-def _megatron(config: RunConfig, stage: int, dp: int) -> States:
+def _megatron(config: RunConfig, stage: int, copies: int) -> States:
+    """copies: ranks that hold the same weights."""
     elements, size = base_elements(config, stage), compute_bytes(config)
     master = 4 if size == 2 else 0
     distributed = config.engine.distributed_optimizer
-    shards = dp if distributed else 1
+    shards = copies if distributed else 1
     # gloo scatters out of a copy of all gradients.
     on_gloo = distributed and config.engine.device == "cpu"
     return States(

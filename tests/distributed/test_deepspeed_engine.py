@@ -78,7 +78,7 @@ FULL = {
 ADAPTERS = {
     "adapters, stage 2": (ADAPTED, {"zero_stage": 2}, 4),
     "adapters, stage 3": (ADAPTED, {"zero_stage": 3, "extra": CUT_ALL}, 4),
-    "adapters, stage 3, recompute": (ADAPTED, {"zero_stage": 3, "extra": CUT_ALL, "recompute": "full"}, 2),
+    "adapters, stage 3, recompute": (ADAPTED, {"zero_stage": 3, "extra": CUT_ALL, "recompute": "offload"}, 2),
 }
 BF16 = {
     "stage 2": (CONFIG, {"zero_stage": 2, "precision": "bf16"}, 4),

@@ -28,6 +28,7 @@ ENGINES = {
     "tp2": ({"name": "megatron", "tensor_parallel": 2}, 4, 2),
     "pp2": ({"name": "megatron", "pipeline_parallel": 2, "precision": "bf16"}, 2, 2),
     "dp2": ({"name": "megatron"}, 4, 1),
+    "cp2": ({"name": "megatron", "context_parallel": 2}, 4, 1),
     "zero1": ({"name": "deepspeed", "zero_stage": 1}, 4, 1),
     "zero2 in bf16": ({"name": "deepspeed", "zero_stage": 2, "precision": "bf16"}, 2, 1),
     "zero3": ({"name": "deepspeed", "zero_stage": 3, "extra": CUT_ALL}, 4, 2),

@@ -48,14 +48,16 @@ LAYOUTS = {
     "pp2": {"pipeline_parallel": 2},
     "pp2 vp2": {"pipeline_parallel": 2, "virtual_pipeline": 2},
     "dp2": {},
+    "cp2": {"context_parallel": 2},
     "tp2 bf16": {"tensor_parallel": 2, "precision": "bf16"},
     "dp2 plain": {"distributed_optimizer": False},
     "tp2 plain": {"tensor_parallel": 2, "distributed_optimizer": False},
     "pp2 plain": {"pipeline_parallel": 2, "distributed_optimizer": False},
 }
-SAVED = ("tp2", "pp2 vp2", "dp2", "tp2 bf16", "tp2 plain")
+SAVED = ("tp2", "pp2 vp2", "dp2", "cp2", "tp2 bf16", "tp2 plain")
 RESUMED = {
-    "tp2": ("tp2", "pp2", "dp2"),
+    "tp2": ("tp2", "pp2", "dp2", "cp2"),
+    "cp2": ("cp2", "pp2"),
     "pp2 vp2": ("pp2 vp2", "tp2"),
     "dp2": ("dp2",),
     "tp2 bf16": ("tp2 bf16",),

@@ -57,9 +57,13 @@ LAYOUTS_2 = {
     "dp2 plain optimizer": ({"distributed_optimizer": False}, 4),
     "dp2 micro-batch of 1": ({}, 1),
     "tp2 recompute full": ({"tensor_parallel": 2, "recompute": "full"}, 4),
+    "pp2 vp2 recompute offload": ({"pipeline_parallel": 2, "virtual_pipeline": 2, "recompute": "offload"}, 2),
     # The head is as much work as three of the layers.
     "pp2 cut unevenly": ({"pipeline_parallel": 2, "extra": {"num_layers_in_first_pipeline_stage": 3}}, 4),
     "pp2 recompute selective": ({"pipeline_parallel": 2, "recompute": "selective"}, 4),
+    "cp2": ({"context_parallel": 2}, 4),
+    "cp2 plain optimizer": ({"context_parallel": 2, "distributed_optimizer": False}, 4),
+    "cp2 recompute selective": ({"context_parallel": 2, "recompute": "selective"}, 4),
 }
 LAYOUTS_4 = {
     "tp2 pp2": ({"tensor_parallel": 2, "pipeline_parallel": 2}, 2),
@@ -67,6 +71,11 @@ LAYOUTS_4 = {
     "tp2 dp2 plain optimizer": ({"tensor_parallel": 2, "distributed_optimizer": False}, 2),
     "pp2 vp2 dp2": ({"pipeline_parallel": 2, "virtual_pipeline": 2}, 1),
     "pp4": ({"pipeline_parallel": 4}, 2),
+    "cp4": ({"context_parallel": 4}, 4),
+    "cp2 dp2": ({"context_parallel": 2}, 2),
+    "cp2 dp2 plain optimizer": ({"context_parallel": 2, "distributed_optimizer": False}, 2),
+    "tp2 cp2": ({"tensor_parallel": 2, "context_parallel": 2}, 2),
+    "cp2 pp2 recompute full": ({"context_parallel": 2, "pipeline_parallel": 2, "recompute": "full"}, 2),
 }
 
 

@@ -68,6 +68,7 @@ LAYOUTS = {
         "tp2 pp2": (CONFIG, {"tensor_parallel": 2, "pipeline_parallel": 2}),
         "tp2 dp2, bf16": (WITH_VALUES, {"tensor_parallel": 2, "precision": "bf16"}),
         "pp2 vp2 dp2": (CONFIG, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+        "cp2 pp2": (CONFIG, {"context_parallel": 2, "pipeline_parallel": 2}),
     },
     "deepspeed": {
         "stage 2": (CONFIG, {"zero_stage": 2}),

@@ -62,12 +62,16 @@ MEGATRON_2 = {
     "tp2": (CONFIG, {"tensor_parallel": 2}),
     "pp2": (CONFIG, {"pipeline_parallel": 2}),
     "dp2": (CONFIG, {}),
+    "cp2": (CONFIG, {"context_parallel": 2}),
     "pp2 vp2 plain optimizer": (
         CONFIG,
         {"pipeline_parallel": 2, "virtual_pipeline": 2, "distributed_optimizer": False},
     ),
 }
-MEGATRON_4 = {"tp2 pp2": (CONFIG, {"tensor_parallel": 2, "pipeline_parallel": 2})}
+MEGATRON_4 = {
+    "tp2 pp2": (CONFIG, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "tp2 cp2": (CONFIG, {"tensor_parallel": 2, "context_parallel": 2}),
+}
 DEEPSPEED_2 = {
     "stage 1": (CONFIG, {"zero_stage": 1}),
     "stage 2": (CONFIG, {"zero_stage": 2}),

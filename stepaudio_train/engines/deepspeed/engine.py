@@ -132,7 +132,7 @@ class DeepSpeedEngine(Engine):
             dist.destroy_process_group()
 
     def _forward(self, batch: TokenBatch, entropies: bool) -> TokenOutputs:
-        recompute = self.config.engine.recompute != "none" and torch.is_grad_enabled()
+        recompute = self.config.engine.recompute if torch.is_grad_enabled() else "none"
         return TokenOutputs(*self._zero.token_outputs(batch, entropies, recompute))
 
     def _global_weight(self, batches: Sequence[TokenBatch], objective: Objective) -> float:

@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from stepaudio_train.config.schema import RunConfig
+from stepaudio_train.config.schema import Recompute, RunConfig
 from stepaudio_train.data.batch import TokenBatch
 from stepaudio_train.engines.deepspeed.settings import deepspeed_config
 from stepaudio_train.engines.hf_model import adamw_options, optimizer_groups
@@ -42,7 +42,7 @@ class _Callable(Step1ForCausalLM):
     """ZeRO-3 puts weights together around `forward`, so what is asked has to be one."""
 
     def forward(  # type: ignore[override]
-        self, batch: TokenBatch, entropies: bool, recompute: bool
+        self, batch: TokenBatch, entropies: bool, recompute: Recompute
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As `token_outputs`."""
         return self.token_outputs(
@@ -90,7 +90,7 @@ class ZeroModel:
         self._asked = self.engine
 
     def token_outputs(
-        self, batch: TokenBatch, entropies: bool, recompute: bool
+        self, batch: TokenBatch, entropies: bool, recompute: Recompute
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As `Step1ForCausalLM.token_outputs`."""
         return self._asked(batch, entropies, recompute)

@@ -1,4 +1,5 @@
-"""Megatron-Core behind the engine contract: tensor, sequence, pipeline and data parallelism, on GPUs and on CPUs."""
+"""Megatron-Core behind the engine contract: tensor, sequence, context, pipeline and data parallelism, on GPUs and on
+CPUs."""
 
 from __future__ import annotations
 
@@ -60,6 +61,7 @@ class MegatronEngine(Engine):
                 engine.tensor_parallel,
                 engine.pipeline_parallel,
                 engine.virtual_pipeline if engine.virtual_pipeline > 1 else None,
+                context_parallel_size=engine.context_parallel,
             )
         if self.device.type == "cuda":
             tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
@@ -67,9 +69,12 @@ class MegatronEngine(Engine):
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self.data_parallel_group = parallel_state.get_data_parallel_group()
-        self._replica_main = min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
-        # Micro-batches whose biases are needed again: those in flight in the pipeline.
-        self._bias_cache = BiasCache(2 * engine.pipeline_parallel * engine.virtual_pipeline)
+        # Ranks that share a replica's tokens have the same weights; those that have the first ones speak for it.
+        self._has_first_tokens = parallel_state.get_context_parallel_rank() == 0
+        self._model_main = min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        # Micro-batches whose biases are needed again: those in flight in the pipeline. Each piece of a row has its own.
+        pieces = 2 if engine.context_parallel > 1 else 1
+        self._bias_cache = BiasCache(2 * pieces * engine.pipeline_parallel * engine.virtual_pipeline)
         self._padded_vocab = -(-config.model.vocab_size // engine.tensor_parallel) * engine.tensor_parallel
         self._modules = [self._build_module(i) for i in range(engine.virtual_pipeline)]
         if trained:
@@ -77,7 +82,7 @@ class MegatronEngine(Engine):
 
     @property
     def is_replica_main(self) -> bool:
-        return self.rank == self._replica_main
+        return self.rank == self._model_main and self._has_first_tokens
 
     def num_parameters(self) -> int:
         return num_parameters(self.config.model)
@@ -89,20 +94,21 @@ class MegatronEngine(Engine):
 
     def full_weights(self, device: torch.device, every_replica: bool) -> Iterator[tuple[str, Tensor]]:
         self._gather_weights()
-        if self.data_parallel_rank and not every_replica:
+        if not self._has_first_tokens or (self.data_parallel_rank and not every_replica):
             return iter(())
-        return weight_exchange.full_weights(self._modules, self.config.model, self._replica_main, self.device, device)
+        return weight_exchange.full_weights(self._modules, self.config.model, self._model_main, self.device, device)
 
     def from_replica_main(self, value: T) -> T:
         box = [value]
-        group = parallel_state.get_model_parallel_group()
-        dist.broadcast_object_list(box, self._replica_main, group, self.device)
+        for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+            dist.broadcast_object_list(box, min(dist.get_process_group_ranks(group)), group, self.device)
         return box[0]
 
     def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         self._adamw.zero_grad()
         names, totals = self._measure(micro_batches, objective, forward_only=False)
-        norm_counts = self.config.engine.distributed_optimizer or self.data_parallel_rank == 0
+        is_first_copy = self.data_parallel_rank == 0 and self._has_first_tokens
+        norm_counts = self.config.engine.distributed_optimizer or is_first_copy
         squared_norm = self._adamw.squared_norm()
         totals = torch.cat([totals, (squared_norm if norm_counts else torch.zeros_like(squared_norm)).view(1)])
         dist.all_reduce(totals)
@@ -198,6 +204,7 @@ class MegatronEngine(Engine):
             self.config.model,
             self._padded_vocab,
             self._bias_cache,
+            self.config.engine.recompute,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
@@ -219,7 +226,7 @@ class MegatronEngine(Engine):
         names = list(objective(blank_outputs(self.config, batches[0], objective), batches[0]).metrics)
         loss = partial(_loss, objective=objective)
         packed = self._run(batches, loss, needs_entropies(objective), forward_only)
-        if packed and parallel_state.get_tensor_model_parallel_rank() == 0:
+        if packed and self._has_first_tokens and parallel_state.get_tensor_model_parallel_rank() == 0:
             return names, torch.stack(packed).sum(0)
         return names, torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.device)
 

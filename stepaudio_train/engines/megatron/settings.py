@@ -37,6 +37,7 @@ def transformer_config(config: RunConfig, device: torch.device, dtype: torch.dty
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": engine.tensor_parallel,
         "sequence_parallel": engine.tensor_parallel > 1,
+        "context_parallel_size": engine.context_parallel,
         "pipeline_model_parallel_size": engine.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": engine.virtual_pipeline if engine.virtual_pipeline > 1 else None,
         "pipeline_dtype": dtype,
@@ -99,7 +100,7 @@ def optimizer_config(config: RunConfig, dtype: torch.dtype) -> OptimizerConfig:
 
 
 def _recompute_fields(recompute: str) -> dict[str, Any]:
-    if recompute == "full":
+    if recompute in ("full", "offload"):
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}

@@ -1,12 +1,14 @@
 """Step-1 out of Megatron-Core's parts: tensor- and sequence-parallel layers, one pipeline stage at a time.
 
 Shapes: T tokens a row, R rows, h hidden size. Inside, hidden states are [T, R, h], with T cut over the tensor-parallel
-ranks where there are several (sequence parallelism).
+ranks where there are several (sequence parallelism). With context parallelism, T of them are a rank's own tokens of a
+row (context_parallel.py), but for what the objective sees.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -29,7 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.config.schema import Recompute, Step1Config
 from stepaudio_train.models.step1 import fused
 from stepaudio_train.models.step1.attention import (
     AttentionBias,
@@ -37,7 +39,9 @@ from stepaudio_train.models.step1.attention import (
     build_attention_bias,
     sqrt_alibi_attention,
 )
+from stepaudio_train.models.step1.context_parallel import ContextParallel
 from stepaudio_train.models.step1.modeling import ValueHead
+from stepaudio_train.models.step1.offload import kept_on_host
 from stepaudio_train.models.step1.vocab_parallel import target_log_probs
 from stepaudio_train.models.step1.weight_map import vocab_rows
 
@@ -54,13 +58,17 @@ class BiasCache:
         self._max_entries = max_entries
         self._entries: OrderedDict[tuple[int, torch.Size, torch.dtype], tuple[Tensor, AttentionBias]] = OrderedDict()
 
-    def get(self, documents: Tensor, slopes: Tensor, dtype: torch.dtype, head_dim: int) -> AttentionBias:
-        """Bias for `documents` [R, T] int32, `slopes` [heads of this rank] and queries of `dtype` and `head_dim`."""
+    def get(
+        self, documents: Tensor, slopes: Tensor, num_queries: int, dtype: torch.dtype, head_dim: int
+    ) -> AttentionBias:
+        """Bias for the last `num_queries` positions of `documents` [R, S] int32, `slopes` [heads of this rank] and
+        queries of `dtype` and `head_dim`."""
         key = (documents.data_ptr(), documents.shape, dtype)
         if key not in self._entries:
             if len(self._entries) == self._max_entries:
                 self._entries.popitem(last=False)
-            self._entries[key] = (documents, build_attention_bias(documents, slopes, dtype, head_dim=head_dim))
+            bias = build_attention_bias(documents, slopes, dtype, num_queries=num_queries, head_dim=head_dim)
+            self._entries[key] = (documents, bias)
         return self._entries[key][1]
 
     def clear(self) -> None:
@@ -80,13 +88,20 @@ class SqrtAlibiCoreAttention(MegatronModule):
         tp = pg_collection.tp
         slopes = alibi_slopes(config.num_attention_heads).chunk(tp.size())[tp.rank()]
         self.register_buffer("slopes", slopes, persistent=False)
-        self._bias_cache = bias_cache
+        self._bias_cache, self._context = bias_cache, ContextParallel(pg_collection.cp)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor, **_: object) -> Tensor:
-        """query [T, R, heads, D], key and value [T, R, groups, D], documents [R, T] -> [T, R, heads * D]."""
-        bias = self._bias_cache.get(documents, self.slopes, query.dtype, query.shape[-1])
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        return sqrt_alibi_attention(q, k, v, bias).transpose(0, 1).flatten(2)
+        """query [T, R, heads, D], key and value [T, R, groups, D], documents [R, S] of whole rows ->
+        [T, R, heads * D]."""
+        key, value = self._context.keys_and_values(key, value)
+        parts = []
+        for queries, end in self._context.queries(query):
+            bias = self._bias_cache.get(
+                documents[:, :end], self.slopes, len(queries), query.dtype, head_dim=query.shape[-1]
+            )
+            q, k, v = (x.transpose(0, 1) for x in (queries, key[:end], value[:end]))
+            parts.append(sqrt_alibi_attention(q, k, v, bias).transpose(0, 1).flatten(2))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class SequenceParallelRMSNorm(nn.Module):
@@ -171,6 +186,7 @@ class Step1MegatronModel(LanguageModule):
         model: Step1Config,
         padded_vocab: int,
         bias_cache: BiasCache,
+        recompute: Recompute,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -179,6 +195,9 @@ class Step1MegatronModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
+        self._context = ContextParallel(self.pg_collection.cp)
+        # What is kept, and what is not, Megatron-Core has out of its configuration.
+        self._kept_on_host = recompute == "offload"
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, padded_vocab, model.max_seq_len, position_embedding_type="none", tp_group=self.tp_group
@@ -205,13 +224,19 @@ class Step1MegatronModel(LanguageModule):
     def forward(
         self, input_ids: Tensor, documents: Tensor, targets: Tensor, wanted: Tensor, entropies: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
-        """All tensors [R, T]. Hidden states before the last stage; on it, as `Step1ForCausalLM.token_outputs`."""
-        hidden = self.embedding(input_ids, None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=documents)
+        """All tensors [R, T] of whole rows. Hidden states before the last stage; on it, of all tokens, as
+        `Step1ForCausalLM.token_outputs`."""
+        hidden = self.embedding(self._context.own(input_ids), None) if self.pre_process else None
+        with kept_on_host() if self._kept_on_host else nullcontext():
+            hidden = self.decoder(hidden_states=hidden, attention_mask=documents)
         if not self.post_process:
             return hidden
+        own = self.output_layer(hidden, self._context.own(targets), self._context.own(wanted), entropies)
         values = self.value_head(hidden) if self.value_head is not None else None
-        return *self.output_layer(hidden, targets, wanted, entropies), values
+        log_probs, found, values = (
+            self._context.whole(x.t(), same_use=True).t() if x is not None else None for x in (*own, values)
+        )
+        return log_probs, found, values  # type: ignore[return-value]
 
 
 def _mark_shared_out(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from stepaudio_train.config.schema import Step1Config
+from stepaudio_train.config.schema import Recompute, Step1Config
 from stepaudio_train.models.step1 import fused
 from stepaudio_train.models.step1.attention import (
     AttentionBias,
@@ -20,6 +21,7 @@ from stepaudio_train.models.step1.attention import (
     build_attention_bias,
     sqrt_alibi_attention,
 )
+from stepaudio_train.models.step1.offload import kept_on_host
 from stepaudio_train.models.step1.vocab_parallel import target_log_probs
 
 RELEASED_FIELDS = (
@@ -135,7 +137,11 @@ class Step1Model(nn.Module):
         self.register_buffer("slopes", alibi_slopes(config.num_attention_heads), persistent=False)
 
     def forward(
-        self, input_ids: Tensor, documents: Tensor | None = None, cache: KVCache | None = None, recompute: bool = False
+        self,
+        input_ids: Tensor,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """Hidden states after the final norm, [R, T, hidden]. Arguments as in `Step1ForCausalLM.forward`."""
         x = self.embed_tokens(input_ids)
@@ -148,10 +154,11 @@ class Step1Model(nn.Module):
         num_queries = input_ids.shape[1]
         bias = build_attention_bias(documents, self.slopes, dtype, num_queries=num_queries, head_dim=self.head_dim)
         for layer in self.layers:
-            if recompute:
-                x = torch.utils.checkpoint.checkpoint(layer, x, bias, cache, use_reentrant=False)
-            else:
+            if recompute == "none":
                 x = layer(x, bias, cache)
+                continue
+            with kept_on_host() if recompute == "offload" else nullcontext():
+                x = torch.utils.checkpoint.checkpoint(layer, x, bias, cache, use_reentrant=False)
         return self.norm(x)
 
 
@@ -195,7 +202,7 @@ class Step1ForCausalLM(nn.Module):
         return self.lm_head(self.model(input_ids, documents, cache))
 
     def log_probs(
-        self, input_ids: Tensor, targets: Tensor, documents: Tensor, wanted: Tensor, recompute: bool = False
+        self, input_ids: Tensor, targets: Tensor, documents: Tensor, wanted: Tensor, recompute: Recompute = "none"
     ) -> Tensor:
         """Log-probability of each target, [R, T] float32 (float64 for a float64 model); 0 where not `wanted`.
 
@@ -210,7 +217,7 @@ class Step1ForCausalLM(nn.Module):
         documents: Tensor,
         wanted: Tensor,
         entropies: bool = False,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probabilities as in `log_probs`; with `entropies`, those of the whole distributions in nats, 0 where not
         `wanted`; values of all tokens where there is a value head. [R, T] each."""

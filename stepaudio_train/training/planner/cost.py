@@ -13,7 +13,8 @@ A step is what the slowest pipeline stage does. For each micro-batch it computes
                  (Korthikanti et al. 2022, arXiv 2205.05198). Of their time `tensor_exposed` (fitted) is not hidden
                  where they are cut up to run beside the matmuls; all of it where they are not
     CP           a ring of keys and values, hidden behind attention as far as that lasts (Liu et al. 2023, arXiv
-                 2310.01889)
+                 2310.01889); or keys and values gathered before attention, and their gradients scattered after it, not
+                 hidden
     PP           sends of hidden states: hidden where the interleaved schedule overlaps them, else one each way a chunk
 
 and once a step
@@ -87,6 +88,8 @@ class Layout:
     """Length of the documents in a row; None: one fills it."""
     overlaps_tp: bool = True
     """Collectives cut up to run beside the matmuls."""
+    overlaps_cp: bool = True
+    """A ring of keys and values behind attention."""
     overlaps_pp: bool = True
     """Sends behind the computation, where the schedule is interleaved."""
     ends_count_as_layers: bool = False
@@ -234,12 +237,15 @@ class _Layer:
         return exposed * collective_s(hidden_bytes, layout.tp, self._gpu.nvlink_bytes_per_s)
 
     def _context_comm_s(self, forward_s: float, backward_s: float) -> float:
-        """Keys and values go round once in the forward; they and their gradients in the backward."""
+        """In a ring keys and values go round once in the forward; they and their gradients in the backward. Gathered,
+        they stay until the backward, and the gradients alone go back."""
         layout = self._layout
         if layout.cp == 1:
             return 0.0
         once = self._tokens * 2 * self._model.key_value_width / layout.tp * 2 * (layout.cp - 1)
         once /= _link(layout.tp * layout.cp, self._gpu)
+        if not layout.overlaps_cp:
+            return 2 * once
         return max(0.0, once - forward_s) + max(0.0, 2 * once - backward_s)
 
 

@@ -16,6 +16,7 @@ from stepaudio_train.training.planner.calibration import FITTED
 from stepaudio_train.training.planner.cost import Layout, ModelSizes, StepTime, step_time
 
 _MICRO_ROWS = (1, 2, 4, 8)
+_CONTEXT = (2, 4, 8)
 _FLEX_SHARE = 0.58
 """FlexAttention's Triton kernel beside cuDNN, forward, heads of 128, 8,192 tokens, no mask: 402 TFLOP/s
 (pytorch/benchmark pull request 2443) of 691 (NVIDIA/cudnn-frontend 3929da2)."""
@@ -62,8 +63,8 @@ class Candidate:
 
     def as_published(self, gpu: Gpu) -> StepTime:
         """The same layout with what the published runs have and the engine has not: TP's collectives cut up to run
-        beside the matmuls, cuDNN's rate of attention, gradients reduced in bf16."""
-        layout = replace(self.layout, overlaps_tp=True, attention_share=1.0, gradient_bytes=2)
+        beside the matmuls, CP's in a ring behind attention, cuDNN's rate of attention, gradients reduced in bf16."""
+        layout = replace(self.layout, overlaps_tp=True, overlaps_cp=True, attention_share=1.0, gradient_bytes=2)
         return step_time(model_sizes(self.config.model), layout, gpu, FITTED)
 
 
@@ -72,26 +73,28 @@ class Found:
     """What a search found, fastest first."""
 
     best: tuple[Candidate, ...]
-    """Those that fit: the best of each pair of TP and PP."""
+    """Those that fit: the best of each TP, CP and PP."""
     too_large: tuple[Candidate, ...]
-    """Faster than the best one, but too large: of each pair of TP and PP the smallest, the smallest first."""
+    """Faster than the best one, but too large: of each TP, CP and PP the smallest, the smallest first."""
     tried: int
 
 
 def search(config: RunConfig, cluster: Cluster, document_tokens: int | None = None) -> Found:
     """Layouts of `config` on all GPUs of `cluster`.
 
-    TP up to the GPUs of a machine, all pipelines that divide the layers and all ways to interleave them, micro-batches
-    of 1, 2, 4 and 8 rows, no recomputation or full. The engine has no context parallelism, so none is tried, and
-    selective recomputation frees nothing where attention keeps no scores.
+    TP up to the GPUs of a machine, CP up to 8, all pipelines that divide the layers and all ways to interleave them,
+    micro-batches of 1, 2, 4 and 8 rows (with CP, of 1: two ranks compute a row each more cheaply than two rows
+    together), no recomputation or full. Selective recomputation, which frees nothing where attention keeps no scores,
+    is not tried, and neither is offloading, whose time is not in the cost model.
 
     Raises:
         ConfigError: there is no layout that the engine takes, whatever its memory.
     """
     candidates = _candidates(config, cluster, document_tokens)
-    groups: dict[tuple[int, int], list[Candidate]] = {}
+    groups: dict[tuple[int, int, int], list[Candidate]] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.time.total_s):
-        groups.setdefault((candidate.layout.tp, candidate.layout.pp), []).append(candidate)
+        layout = candidate.layout
+        groups.setdefault((layout.tp, layout.cp, layout.pp), []).append(candidate)
     limit = cluster.memory_gib * 2**30
     fitting = [next((c for c in group if c.peak_bytes <= limit), None) for group in groups.values()]
     best = sorted((c for c in fitting if c is not None), key=lambda candidate: candidate.time.total_s)
@@ -117,13 +120,15 @@ def model_sizes(model: Step1Config) -> ModelSizes:
 
 
 def engine_layout(config: RunConfig, gpus: int, document_tokens: int | None = None) -> Layout:
-    """How the Megatron-Core engine runs `config`: TP's collectives are not cut up, the interleaved schedule hides
-    sends, gradients are reduced in fp32, and FlexAttention computes attention."""
+    """How the Megatron-Core engine runs `config`: TP's collectives are not cut up, CP gathers keys and values before
+    attention, the interleaved schedule hides sends, gradients are reduced in fp32, and FlexAttention computes
+    attention."""
     engine, training = config.engine, config.training
     dp = data_parallel_size(config, gpus)
     return Layout(
         sequence_length=training.sequence_length,
         tp=engine.tensor_parallel,
+        cp=engine.context_parallel,
         pp=engine.pipeline_parallel,
         vp=engine.virtual_pipeline,
         dp=dp,
@@ -132,6 +137,7 @@ def engine_layout(config: RunConfig, gpus: int, document_tokens: int | None = No
         recompute=engine.recompute,
         document_tokens=document_tokens,
         overlaps_tp=False,
+        overlaps_cp=False,
         gradient_bytes=4,
         attention_share=_FLEX_SHARE,
     )
@@ -180,8 +186,9 @@ def _candidates(config: RunConfig, cluster: Cluster, document_tokens: int | None
 def _layouts(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
     layers = config.model.num_hidden_layers
     tensor = [tp for tp in (1, 2, 4, 8) if tp <= cluster.gpu.gpus_per_machine]
-    for tp, pp, micro_rows, recompute in product(tensor, _divisors(layers), _MICRO_ROWS, ("none", "full")):
-        if cluster.gpus % (tp * pp):
+    rows = [(1, micro_rows) for micro_rows in _MICRO_ROWS] + [(cp, 1) for cp in _CONTEXT]
+    for tp, (cp, micro_rows), pp, recompute in product(tensor, rows, _divisors(layers), ("none", "full")):
+        if cluster.gpus % (tp * cp * pp):
             continue
         for vp in _divisors(layers // pp) if pp > 1 else [1]:
             engine = replace(
@@ -190,6 +197,7 @@ def _layouts(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
                 device="auto",
                 precision="bf16",
                 tensor_parallel=tp,
+                context_parallel=cp,
                 pipeline_parallel=pp,
                 virtual_pipeline=vp,
                 recompute=recompute,

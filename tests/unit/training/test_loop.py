@@ -88,8 +88,9 @@ def test_packed_rows_equal_one_document_a_row(straight, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-def test_recompute_changes_nothing(straight, tmp_path):
-    lines = run(replace(CONFIG, engine=replace(CONFIG.engine, recompute="full")), tmp_path / "run")
+@pytest.mark.parametrize("recompute", ["full", "offload"])
+def test_recompute_changes_nothing(straight, tmp_path, recompute):
+    lines = run(replace(CONFIG, engine=replace(CONFIG.engine, recompute=recompute)), tmp_path / "run")
     assert losses(lines) == losses(straight[1])
 
 

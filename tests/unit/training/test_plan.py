@@ -22,7 +22,7 @@ from stepaudio_train.models.step1.lora import add_adapters
 from stepaudio_train.models.step1.modeling import Step1ForCausalLM
 from stepaudio_train.models.step1.weight_map import num_parameters
 from stepaudio_train.training.plan import StagePlan, plan_run
-from stepaudio_train.training.plan_activations import kept_bytes, layer_activation_bytes
+from stepaudio_train.training.plan_activations import kept_bytes, layer_activation_bytes, offloaded_bytes
 from stepaudio_train.training.plan_remedies import remedies
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -189,6 +189,29 @@ def test_full_recomputation_keeps_little():
     config = configured(*LARGE)
     full = replace(config, engine=replace(config.engine, recompute="full"))
     assert plan_run(full, 512).stages[0].activations < plan_run(config, 512).stages[0].activations / 5
+
+
+def test_offloaded_layer_inputs_move_to_the_host():
+    config = configured(*LARGE)
+    full, offload = (replace(config, engine=replace(config.engine, recompute=kind)) for kind in ("full", "offload"))
+    moved = offloaded_bytes(offload, 0, 64)
+    # Of the first stage: 8 micro-batches in flight, 11 layers each, 8,192 tokens of 12,288 bf16 numbers over 8 ranks.
+    assert moved == 8 * 11 * 8192 * 12288 * 2 // 8
+    assert kept_bytes(full, 0, 64) - kept_bytes(offload, 0, 64) == moved
+    assert plan_run(offload, 512).stages[0].host == moved and plan_run(full, 512).stages[0].host == 0
+
+
+def test_context_parallelism_cuts_tokens_and_adam_and_keeps_all_keys():
+    config = configured(*LARGE)
+    cut = replace(config, engine=replace(config.engine, context_parallel=2))
+    # Half the tokens of everything, and keys and values of all of them: 8 groups of 96 over 8 ranks.
+    model, size = config.model, 2
+    keys = 2 * model.num_attention_groups * model.head_dim * 8192 * size // 8
+    assert layer_activation_bytes(cut) == layer_activation_bytes(config) // 2 + keys
+    # As many replicas on twice the ranks, each of which has half of Adam's states.
+    alone, both = plan_run(config, 512).stages[0], plan_run(cut, 1024).stages[0]
+    assert plan_run(cut, 1024).data_parallel == plan_run(config, 512).data_parallel
+    assert both.weights == alone.weights and both.optimizer == pytest.approx(alone.optimizer / 2)
 
 
 def test_interleaving_costs_activations():

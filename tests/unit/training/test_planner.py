@@ -155,6 +155,8 @@ def test_what_helps_helps():
     assert total_s(replace(layout, document_tokens=800)) < base
     assert total_s(replace(layout, attention_share=0.5)) > base
     assert total_s(replace(layout, overlaps_tp=False)) > base < total_s(replace(layout, overlaps_pp=False))
+    long = replace(layout, sequence_length=65536, micro_batches=8)
+    assert total_s(replace(long, cp=2)) < total_s(replace(long, cp=2, overlaps_cp=False)) < total_s(long)
     recomputed = [total_s(replace(layout, recompute=kind)) for kind in ("none", "selective", "full")]
     assert recomputed == sorted(set(recomputed))
     # Half the micro-batches of twice the replicas: less than half the time is saved.
@@ -344,7 +346,7 @@ def test_the_130b_of_the_documentation_is_what_is_predicted():
         layout, mfu = best.layout, best.flops_utilisation(gpu)
         published = mfu * best.time.total_s / best.as_published(gpu).total_s
         assert row[1:] == [
-            *(f"{layout.tp}/{layout.pp}/{layout.vp}", str(layout.micro_rows), layout.recompute),
+            *(f"{layout.tp}/{layout.cp}/{layout.pp}/{layout.vp}", str(layout.micro_rows), layout.recompute),
             *(f"{best.peak_bytes / 2**30:.1f}", f"{best.time.total_s:.2f}", f"{100 * mfu:.1f}"),
             *(f"{training_days(best, 3.3e12, 0):.1f}", f"{100 * published:.1f}"),
         ]
