@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from stepaudio_train.config.schema import Step1Config
 from stepaudio_train.convert.tensor_files import (
+    METADATA_FILE,
     StoredTensor,
     WeightError,
     append_torch_archive,
@@ -46,7 +47,6 @@ from stepaudio_train.models.step1.weight_map import (
     vocab_rows,
 )
 
-METADATA_FILE = ".metadata"
 _MASTER = "optimizer.state.param."
 """Prefix of the fp32 master weights that a bf16 run keeps in its optimizer."""
 _WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

@@ -17,8 +17,7 @@ from stepaudio_train.config.paths import result_checkpoint
 from stepaudio_train.config.schema import ModelConfig, Step1Config
 from stepaudio_train.convert.deepspeed_files import DeepSpeedCheckpoint, find_tag
 from stepaudio_train.convert.huggingface_files import SafetensorsWeights
-from stepaudio_train.convert.megatron_files import METADATA_FILE, MegatronCheckpoint
-from stepaudio_train.convert.tensor_files import WeightError
+from stepaudio_train.convert.tensor_files import METADATA_FILE, WeightError
 from stepaudio_train.models.step1.modeling import read_released_config
 from stepaudio_train.models.step1.weight_map import Entry, entries, hf_shapes
 
@@ -133,6 +132,9 @@ def _opened(
     kind = _format_of(path)
     reader: WeightReader
     if kind == "megatron":
+        # Only now: the classes of such an index take seconds to import.
+        from stepaudio_train.convert.megatron_files import MegatronCheckpoint
+
         reader = MegatronCheckpoint(path, model, prefer_masters)
     elif kind == "deepspeed":
         tag = find_tag(path)

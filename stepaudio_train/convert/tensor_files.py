@@ -22,6 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stepaudio_train.config.errors import UserError
 
+METADATA_FILE = ".metadata"
+"""Index of a checkpoint of torch.distributed.checkpoint, which is what Megatron-Core writes."""
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

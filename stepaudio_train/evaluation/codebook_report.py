@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from matplotlib.figure import Figure
-
 from stepaudio_train.config.schema import SpeechLayout
-from stepaudio_train.training.page import charts, line_chart, page, section, table
+from stepaudio_train.training.page import charts, line_chart, new_figure, page, section, table
 from stepaudio_train.training.report import Metrics, read_metrics
 
 LAYOUTS: tuple[SpeechLayout, ...] = get_args(SpeechLayout)
@@ -129,7 +127,7 @@ def _curves(results: StudyResults, stream: str) -> dict[str, tuple[list[float], 
 
 
 def _write_curves(results: StudyResults) -> None:
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = new_figure(10, 3.8)
     for axes, stream in zip(figure.subplots(1, 2), STREAMS, strict=True):
         for title, (xs, ys) in _curves(results, stream).items():
             if xs:

@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import soundfile
 import torch
-from matplotlib import image, mlab
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name -> (x, y) of a line."""
@@ -42,12 +43,19 @@ code { font-size: .85em; word-break: break-word; } .wrong { color: #b3261e; } .r
 """
 
 
+def new_figure(width_inches: float, height_inches: float) -> Figure:
+    """An empty one. Only then: matplotlib takes a second to import, in programs that report at their end."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
 def line_chart(title: str, x_label: str, y_label: str, series: Series, marks: Mapping[str, float] | None = None) -> str:
     """A chart as an SVG element; '' if no series has a point. `marks` are named vertical lines at x positions."""
     drawn = {name: points for name, points in series.items() if len(points[0])}
     if not drawn:
         return ""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = new_figure(6.4, 3.6)
     axes = figure.subplots()
     for name, (xs, ys) in drawn.items():
         xs, ys = _averaged(xs, ys)
@@ -68,7 +76,7 @@ def bar_chart(title: str, x_label: str, values: Mapping[str, float]) -> str:
     """Horizontal bars as an SVG element, top to bottom; '' if there are none."""
     if not values:
         return ""
-    figure = Figure(figsize=(6.4, 0.8 + 0.28 * len(values)), layout="constrained")
+    figure = new_figure(6.4, 0.8 + 0.28 * len(values))
     axes = figure.subplots()
     bars = axes.barh(list(values), list(values.values()), color="#4c72b0", height=0.65)
     axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=3)
@@ -166,6 +174,8 @@ def _cpu_name() -> str:
 
 def _spectrogram(waveform: NDArray[np.float32], sample_rate_hz: int) -> bytes:
     """[samples] as PNG: time to the right, up to 8 kHz upwards, the loudest 80 dB from dark to bright."""
+    from matplotlib import image, mlab
+
     padded = np.pad(waveform, (0, max(0, 2 * _WINDOW_SAMPLES - len(waveform))))
     power, _, _ = mlab.specgram(padded, _WINDOW_SAMPLES, sample_rate_hz, noverlap=_WINDOW_SAMPLES * 3 // 4)
     shown = power[: round(len(power) * min(1.0, 2 * _SHOWN_HZ / sample_rate_hz))]
@@ -188,6 +198,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _svg(figure: Figure, title: str) -> str:
     buffer = io.StringIO()
+    import matplotlib
+
     # With a salt and without a date the same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "stepaudio", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title})

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from stepaudio_train.config.errors import ConfigError
 from stepaudio_train.config.schema import RunConfig
+from stepaudio_train.engines.megatron.weight_gradients import fuse_accumulation
 
 
 def transformer_config(config: RunConfig, device: torch.device, dtype: torch.dtype) -> TransformerConfig:
@@ -54,7 +55,7 @@ def transformer_config(config: RunConfig, device: torch.device, dtype: torch.dty
         "bias_activation_fusion": device.type == "cuda",
         "bias_dropout_fusion": device.type == "cuda",
         "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fuse_accumulation(device, dtype),
         # Gradients stay sums over tokens; the engine divides them by the global weight, which may be fractional.
         "calculate_per_token_loss": True,
         # On a CPU a send may still be reading what would be freed; a GPU frees in stream order.
