@@ -28,6 +28,7 @@ ENGINES = {
     "tp2": {"name": "megatron", "tensor_parallel": 2},
     "pp2": {"name": "megatron", "pipeline_parallel": 2},
     "dp2": {"name": "megatron"},
+    "cp2": {"name": "megatron", "context_parallel": 2},
     "zero3": {"name": "deepspeed", "zero_stage": 3},
 }
 RUNS = [("ppo", engine) for engine in ENGINES] + [("grpo", engine) for engine in ("dp2", "zero3")]

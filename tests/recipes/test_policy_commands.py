@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
 from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.toy_preferences import MODEL, VOCABULARY
 from stepaudio_train.testing.toy_rewards import write_toy_rewards
@@ -39,33 +35,13 @@ def typed(toy: Path, run_dir: Path, *overrides: str) -> list[str]:
     return [*SIZES, *ENGINE, *ROWS, *ANSWERS, *QUIET, *data, *overrides]
 
 
-def lines_of(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def ran(arguments: list[str]) -> str:
-    """What a command that has to end well writes to the terminal."""
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 def test_killed_ppo_goes_on_bit_for_bit(toy, tmp_path):
     runs = [tmp_path / "straight", tmp_path / "killed"]
     more = ["critic.warmup_steps=2", "training.max_steps=12", "training.sample_every=6"]
     command = [sys.executable, "-m", "stepaudio_train.cli", "run", "ppo"]
-    ran([*command, *typed(toy, runs[0], *more)])
-    arguments = [*command, *typed(toy, runs[1], *more)]
-    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(lines_of(runs[1])) < 5:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert "going on from step" in ran(arguments)
-    learned = [[{k: v for k, v in line.items() if k not in TIMED} for line in lines_of(run)] for run in runs]
+    run_here("ppo", typed(toy, runs[0], *more))
+    assert "going on from step" in kill_and_run_again([*command, *typed(toy, runs[1], *more)], runs[1], after_steps=5)
+    learned = [[{k: v for k, v in line.items() if k not in TIMED} for line in metrics_of(run)] for run in runs]
     assert learned[0] == learned[1] and len(learned[0]) == 12 and "value/explained_variance" in learned[0][0]
     names = ("export/model-00001.safetensors", "samples/step_00000012.jsonl", "samples/step_00000006.jsonl")
     for name in names:
@@ -83,4 +59,4 @@ def test_grpo_is_refused_what_cannot_be_and_else_learns(toy, tmp_path, capsys):
     for part in ("type loss.group_size=8", "type rollout.temperature=1", "reward.model=gone: no such folder"):
         assert part in told
     run_here("grpo", typed(toy, tmp_path / "run", "loss.group_size=2", "training.max_steps=2"))
-    assert [line["iteration"] for line in lines_of(tmp_path / "run")] == [0, 0]
+    assert [line["iteration"] for line in metrics_of(tmp_path / "run")] == [0, 0]

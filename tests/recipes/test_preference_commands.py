@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
 from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.toy_preferences import MODEL, VOCABULARY, write_toy_preferences
 
@@ -37,25 +33,13 @@ def typed(toy: Path, run_dir: Path, *overrides: str) -> list[str]:
     return [*SIZES, *ENGINE, *ROWS, *QUIET, *data, *overrides, f"run_dir={run_dir}"]
 
 
-def lines_of(run: Path) -> list[dict]:
-    file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def exported(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "export" / "model-00001.safetensors")
 
 
-def ran(arguments: list[str]) -> str:
-    """What a command that has to end well writes to the terminal."""
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 def test_reward_model_is_made_and_measured(toy, tmp_path):
     run_here("reward", typed(toy, tmp_path / "run", "loss.margin_scale=0.5"))
-    assert "val/accuracy/odd" in lines_of(tmp_path / "run")[-1]
+    assert "val/accuracy/odd" in metrics_of(tmp_path / "run")[-1]
     assert len((tmp_path / "run" / "held_out_pairs.jsonl").read_text().splitlines()) == 18
     assert "Reliability" in (tmp_path / "run" / "report.html").read_text()
     assert "value_head.weight" in exported(tmp_path / "run")
@@ -64,18 +48,10 @@ def test_reward_model_is_made_and_measured(toy, tmp_path):
 def test_killed_dpo_goes_on_bit_for_bit(toy, tmp_path):
     runs = [tmp_path / "straight", tmp_path / "killed"]
     command = [sys.executable, "-m", "stepaudio_train.cli", "run", "dpo"]
-    ran([*command, *typed(toy, runs[0])])
-    arguments = [*command, *typed(toy, runs[1])]
-    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(lines_of(runs[1])) < 5:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert "going on from step" in ran(arguments)
-    learned = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(run)] for run in runs]
-    assert learned[0] == learned[1] and len(learned[0]) > 9 and "val/accuracy" in lines_of(runs[1])[-1]
+    run_here("dpo", typed(toy, runs[0]))
+    assert "going on from step" in kill_and_run_again([*command, *typed(toy, runs[1])], runs[1], after_steps=5)
+    learned = [[(line["step"], line["loss"], line["grad_norm"]) for line in metrics_of(run)] for run in runs]
+    assert learned[0] == learned[1] and len(learned[0]) > 9 and "val/accuracy" in metrics_of(runs[1])[-1]
     straight, killed = map(exported, runs)
     assert all(torch.equal(tensor, killed[name]) for name, tensor in straight.items())
     assert "value_head.weight" not in straight

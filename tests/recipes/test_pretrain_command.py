@@ -1,14 +1,12 @@
 """`stepaudio run pretrain` as a user types it: kill it, run it again, and it goes on as if nothing had happened."""
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
 
 QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "engine.device=cpu"]
 SMALL = ["training.sequence_length=64", "training.checkpoint_every=4", "training.max_steps=14"]
@@ -23,26 +21,8 @@ def command(run_dir: Path, num_processes: int, *overrides: str) -> list[str]:
     return [*program, *QUIET, *SMALL, *overrides, f"run_dir={run_dir}", "--nproc", str(num_processes)]
 
 
-def lines_of(run_dir: Path) -> list[dict]:
-    file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def trajectory(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(run_dir)]
-
-
-def kill_after(step: int, run_dir: Path, arguments: list[str]) -> None:
-    """Start a run and end its whole process group with SIGKILL once it has logged `step`."""
-    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(lines_of(run_dir)) < step:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.05)
-    # The launcher's ranks are sessions of their own; they go down with it.
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics_of(run_dir)]
 
 
 @pytest.mark.parametrize("engine", LAYOUTS)
@@ -50,9 +30,7 @@ def test_killed_run_goes_on_bit_for_bit(engine, tmp_path):
     num_processes, overrides = LAYOUTS[engine]
     subprocess.run(command(tmp_path / "straight", num_processes, *overrides), check=True, capture_output=True)
     arguments = command(tmp_path / "killed", num_processes, *overrides)
-    kill_after(6, tmp_path / "killed", arguments)
-    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    assert "going on from step" in done.stderr
+    assert "going on from step" in kill_and_run_again(arguments, tmp_path / "killed", after_steps=6)
     straight = trajectory(tmp_path / "straight")
     assert [step for step, *_ in straight] == list(range(1, 15))
     assert trajectory(tmp_path / "killed") == straight

@@ -1,11 +1,8 @@
 """`stepaudio run sft` as a user types it: it learns the answers, and one that was killed goes on as if nothing were."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from stepaudio_train.config.paths import result_checkpoint
 from stepaudio_train.config.schema import ModelConfig, VocabularyConfig
 from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.engines.build import build_engine
+from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
 from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.token_data import WORDS, write_text_tokenizer
 from stepaudio_train.training.weights import export, initialise
@@ -67,13 +65,8 @@ def command(files: Path, run_dir: Path, num_processes: int, *overrides: str) -> 
     return [*program, *typed(files, run_dir, *overrides), "--nproc", str(num_processes)]
 
 
-def lines_of(run_dir: Path) -> list[dict]:
-    file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def trajectory(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(run_dir)]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics_of(run_dir)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +82,7 @@ def straight(files, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_answers_are_learned_alike_in_one_process_and_two(straight):
-    local, megatron = (lines_of(straight[name]) for name in LAYOUTS)
+    local, megatron = (metrics_of(straight[name]) for name in LAYOUTS)
     assert [line["loss"] for line in megatron] == pytest.approx([line["loss"] for line in local], rel=1e-4)
     assert local[-1]["val/loss"] == local[-1]["val/loss/task/aqta"] < 0.5 * local[0]["loss"]
     assert megatron[-1]["val/loss/text"] == pytest.approx(local[-1]["val/loss/text"], rel=1e-4)
@@ -100,7 +93,7 @@ def test_run_directory_says_what_was_learned_from(straight):
     report = json.loads((run / "data_report.json").read_text())
     assert (report["data"]["conversations"], report["data"]["num_refused"]) == (60, 1)
     assert report["validation"]["conversations"] == 10
-    assert f"max_steps: {len(lines_of(run))}\n" in (run / "config.yaml").read_text()
+    assert f"max_steps: {len(metrics_of(run))}\n" in (run / "config.yaml").read_text()
     exported = {path.name for path in (run / "export").iterdir()}
     assert {"config.json", "tokenizer.model", "model.safetensors.index.json"} <= exported
 
@@ -117,7 +110,7 @@ def test_samples_show_held_out_conversations_alike_in_one_process_and_two(straig
 
 def test_the_result_is_the_best_weights(straight):
     for run in straight.values():
-        best = min((line["val/loss"], line["step"]) for line in lines_of(run) if "val/loss" in line)
+        best = min((line["val/loss"], line["step"]) for line in metrics_of(run) if "val/loss" in line)
         assert result_checkpoint(run / "checkpoints").name == f"step_{best[1]:08d}"
         assert f"| val/loss | {best[0]:.6g} |" in (run / "export" / "README.md").read_text()
 
@@ -125,16 +118,7 @@ def test_the_result_is_the_best_weights(straight):
 def test_killed_run_goes_on_bit_for_bit(files, straight, tmp_path):
     num_processes, overrides = LAYOUTS["local"]
     arguments = command(files, tmp_path / "killed", num_processes, *LENGTH, *overrides)
-    process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(lines_of(tmp_path / "killed")) < 6:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)
-    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
-    assert "going on from step" in done.stderr
+    assert "going on from step" in kill_and_run_again(arguments, tmp_path / "killed", after_steps=6)
     assert trajectory(tmp_path / "killed") == trajectory(straight["local"])
     ends = [result_checkpoint(run / "checkpoints").name for run in (tmp_path / "killed", straight["local"])]
     assert ends[0] == ends[1]

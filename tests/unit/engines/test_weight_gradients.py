@@ -1,4 +1,4 @@
-"""Gradients of matrices are added to their fp32 buffers by the product that makes them, where there is such a product."""
+"""Gradients of matrices are added to their fp32 buffers by the product that makes them, where there is one that can."""
 
 import pytest
 import torch
