@@ -42,7 +42,7 @@ NUM_PROCESSES = 2
 ROW_TOKENS = (256, 512, 1024, 2048)
 """Row lengths to choose from. What is longer than a row is not trained on."""
 TOKENS_PER_STEP = 2048
-RESERVE_S = 240.0
+RESERVE_S = 390.0
 """Kept for what does not learn, starts and evaluations, when it is decided how long the rest may learn."""
 LEAST_SHARE = 0.25
 """Of the steps that are asked for, on the slowest machine."""
