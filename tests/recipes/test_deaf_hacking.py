@@ -32,7 +32,8 @@ def test_the_whole_of_it_on_a_tiny_quick_start(tmp_path):
     """Minutes, and of no quality: that all parts fit together, that it is done once, and what it leaves."""
     base, run = tmp_path / "base", tmp_path / "run"
     steps = [f"{part}_steps={number}" for part, number in (("tokenizer", 30), ("stage1", 4), ("stage2", 4))]
-    sizes = ["stage3_steps=12", "corpus_minutes=2", "instruction_scale=0.05", "sft_epochs=0.5"]
+    # As many steps of fine-tuning as it takes to speak at all.
+    sizes = ["stage3_steps=12", "corpus_minutes=2", "instruction_scale=0.03", "sft_epochs=15"]
     made = run_recipe("quickstart", f"run_dir={base}", "until_fine_tuned=true", *steps, *sizes)
     assert made.returncode == 0, made.stdout + made.stderr
     assert not (base / "flow").exists() and "goes on from here" in made.stdout
