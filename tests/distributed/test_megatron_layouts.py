@@ -75,6 +75,7 @@ LAYOUTS_4 = {
     "cp2 dp2": ({"context_parallel": 2}, 2),
     "cp2 dp2 plain optimizer": ({"context_parallel": 2, "distributed_optimizer": False}, 2),
     "tp2 cp2": ({"tensor_parallel": 2, "context_parallel": 2}, 2),
+    "cp2 pp2 vp2": ({"context_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2}, 2),
     "cp2 pp2 recompute full": ({"context_parallel": 2, "pipeline_parallel": 2, "recompute": "full"}, 2),
 }
 
