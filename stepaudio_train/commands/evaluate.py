@@ -111,11 +111,9 @@ def fine_tuning_data(model: Path) -> SftDataConfig:
     file = model / "config.yaml"
     if not file.is_file():
         raise UserError(f"{model}: holds no config.yaml; type the run directory of a finished `stepaudio run sft`")
-    try:
-        return read_config(SftConfig, file).data
-    except ConfigError:
-        pass
-    data = _policy_data(model, file)
+    data = _training_data(model, file)
+    if isinstance(data, SftDataConfig):
+        return data
     # A policy that learned from preferences or rewards is asked as those were rendered.
     return SftDataConfig(
         template=data.template, history=data.history, own_tags=data.own_tags, speech_tokenizer=data.speech_tokenizer
@@ -133,13 +131,16 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _policy_data(model: Path, file: Path) -> PreferenceDataConfig | PromptDataConfig:
-    for kind in (DpoRunConfig, PpoRunConfig, GrpoRunConfig):
+def _training_data(model: Path, file: Path) -> SftDataConfig | PreferenceDataConfig | PromptDataConfig:
+    refusals: list[ConfigError] = []
+    for kind in (SftConfig, DpoRunConfig, PpoRunConfig, GrpoRunConfig):
         try:
             return read_config(kind, file).data
-        except ConfigError:
-            continue
-    raise UserError(f"{model}: is no run directory of `stepaudio run sft`, dpo, ppo or grpo")
+        except ConfigError as error:
+            refusals.append(error)
+    # The recipe that misses least is what it was meant for.
+    nearest = min(refusals, key=lambda error: len(error.problems))
+    raise UserError(f"{model}: is no run directory of `stepaudio run sft`, dpo, ppo or grpo: {nearest}")
 
 
 def _encoded(paths: Sequence[Path], data: SftDataConfig, options: AnswersOptions) -> list[EncodedConversations]:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 _TIMEOUT_S = 240.0
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl; none as long as there is no such file."""
-    file = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def kill_and_run_again(command: Sequence[str], run_dir: Path, after_steps: int) -> str:
@@ -30,8 +22,8 @@ def kill_and_run_again(command: Sequence[str], run_dir: Path, after_steps: int) 
         AssertionError: the first one ended before it could be killed, or the second one failed.
     """
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + _TIMEOUT_S
-    while len(metrics_of(run_dir)) < after_steps:
+    deadline, metrics = time.monotonic() + _TIMEOUT_S, run_dir / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < after_steps:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

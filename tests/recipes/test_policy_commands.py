@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
+from stepaudio_train.testing.killed_runs import kill_and_run_again
 from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.toy_preferences import MODEL, VOCABULARY
 from stepaudio_train.testing.toy_rewards import write_toy_rewards
+from stepaudio_train.training.report import read_metrics
 
 QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "logging.progress_bar=false"]
 SIZES = [f"model.{name}={value}" for name, value in asdict(MODEL).items() if name not in ("init", "value_head")]
@@ -41,7 +42,10 @@ def test_killed_ppo_goes_on_bit_for_bit(toy, tmp_path):
     command = [sys.executable, "-m", "stepaudio_train.cli", "run", "ppo"]
     run_here("ppo", typed(toy, runs[0], *more))
     assert "going on from step" in kill_and_run_again([*command, *typed(toy, runs[1], *more)], runs[1], after_steps=5)
-    learned = [[{k: v for k, v in line.items() if k not in TIMED} for line in metrics_of(run)] for run in runs]
+    learned = [
+        [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run / "metrics.jsonl")]
+        for run in runs
+    ]
     assert learned[0] == learned[1] and len(learned[0]) == 12 and "value/explained_variance" in learned[0][0]
     names = ("export/model-00001.safetensors", "samples/step_00000012.jsonl", "samples/step_00000006.jsonl")
     for name in names:
@@ -59,4 +63,4 @@ def test_grpo_is_refused_what_cannot_be_and_else_learns(toy, tmp_path, capsys):
     for part in ("type loss.group_size=8", "type rollout.temperature=1", "reward.model=gone: no such folder"):
         assert part in told
     run_here("grpo", typed(toy, tmp_path / "run", "loss.group_size=2", "training.max_steps=2"))
-    assert [line["iteration"] for line in metrics_of(tmp_path / "run")] == [0, 0]
+    assert [line["iteration"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 0]

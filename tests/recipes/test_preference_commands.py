@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
+from stepaudio_train.testing.killed_runs import kill_and_run_again
 from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.toy_preferences import MODEL, VOCABULARY, write_toy_preferences
+from stepaudio_train.training.report import read_metrics
 
 QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "logging.progress_bar=false"]
 SIZES = [f"model.{name}={value}" for name, value in asdict(MODEL).items() if name not in ("init", "value_head")]
@@ -39,7 +40,7 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
 
 def test_reward_model_is_made_and_measured(toy, tmp_path):
     run_here("reward", typed(toy, tmp_path / "run", "loss.margin_scale=0.5"))
-    assert "val/accuracy/odd" in metrics_of(tmp_path / "run")[-1]
+    assert "val/accuracy/odd" in read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert len((tmp_path / "run" / "held_out_pairs.jsonl").read_text().splitlines()) == 18
     assert "Reliability" in (tmp_path / "run" / "report.html").read_text()
     assert "value_head.weight" in exported(tmp_path / "run")
@@ -50,8 +51,15 @@ def test_killed_dpo_goes_on_bit_for_bit(toy, tmp_path):
     command = [sys.executable, "-m", "stepaudio_train.cli", "run", "dpo"]
     run_here("dpo", typed(toy, runs[0]))
     assert "going on from step" in kill_and_run_again([*command, *typed(toy, runs[1])], runs[1], after_steps=5)
-    learned = [[(line["step"], line["loss"], line["grad_norm"]) for line in metrics_of(run)] for run in runs]
-    assert learned[0] == learned[1] and len(learned[0]) > 9 and "val/accuracy" in metrics_of(runs[1])[-1]
+    learned = [
+        [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run / "metrics.jsonl")]
+        for run in runs
+    ]
+    assert (
+        learned[0] == learned[1]
+        and len(learned[0]) > 9
+        and "val/accuracy" in read_metrics(runs[1] / "metrics.jsonl")[-1]
+    )
     straight, killed = map(exported, runs)
     assert all(torch.equal(tensor, killed[name]) for name, tensor in straight.items())
     assert "value_head.weight" not in straight

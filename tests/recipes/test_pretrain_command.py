@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
+from stepaudio_train.testing.killed_runs import kill_and_run_again
+from stepaudio_train.training.report import read_metrics
 
 QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "engine.device=cpu"]
 SMALL = ["training.sequence_length=64", "training.checkpoint_every=4", "training.max_steps=14"]
@@ -22,7 +23,7 @@ def command(run_dir: Path, num_processes: int, *overrides: str) -> list[str]:
 
 
 def trajectory(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics_of(run_dir)]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run_dir / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("engine", LAYOUTS)

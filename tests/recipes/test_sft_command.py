@@ -11,9 +11,10 @@ from stepaudio_train.config.paths import result_checkpoint
 from stepaudio_train.config.schema import ModelConfig, VocabularyConfig
 from stepaudio_train.config.sft import SftConfig
 from stepaudio_train.engines.build import build_engine
-from stepaudio_train.testing.killed_runs import kill_and_run_again, metrics_of
+from stepaudio_train.testing.killed_runs import kill_and_run_again
 from stepaudio_train.testing.recipes import run_here
 from stepaudio_train.testing.token_data import WORDS, write_text_tokenizer
+from stepaudio_train.training.report import read_metrics
 from stepaudio_train.training.weights import export, initialise
 
 QUIET = ["logging.wandb=disabled", "logging.tensorboard=false", "logging.progress_bar=false", "engine.device=cpu"]
@@ -66,7 +67,7 @@ def command(files: Path, run_dir: Path, num_processes: int, *overrides: str) -> 
 
 
 def trajectory(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics_of(run_dir)]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run_dir / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def straight(files, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_answers_are_learned_alike_in_one_process_and_two(straight):
-    local, megatron = (metrics_of(straight[name]) for name in LAYOUTS)
+    local, megatron = (read_metrics(straight[name] / "metrics.jsonl") for name in LAYOUTS)
     assert [line["loss"] for line in megatron] == pytest.approx([line["loss"] for line in local], rel=1e-4)
     assert local[-1]["val/loss"] == local[-1]["val/loss/task/aqta"] < 0.5 * local[0]["loss"]
     assert megatron[-1]["val/loss/text"] == pytest.approx(local[-1]["val/loss/text"], rel=1e-4)
@@ -93,7 +94,7 @@ def test_run_directory_says_what_was_learned_from(straight):
     report = json.loads((run / "data_report.json").read_text())
     assert (report["data"]["conversations"], report["data"]["num_refused"]) == (60, 1)
     assert report["validation"]["conversations"] == 10
-    assert f"max_steps: {len(metrics_of(run))}\n" in (run / "config.yaml").read_text()
+    assert f"max_steps: {len(read_metrics(run / 'metrics.jsonl'))}\n" in (run / "config.yaml").read_text()
     exported = {path.name for path in (run / "export").iterdir()}
     assert {"config.json", "tokenizer.model", "model.safetensors.index.json"} <= exported
 
@@ -110,7 +111,9 @@ def test_samples_show_held_out_conversations_alike_in_one_process_and_two(straig
 
 def test_the_result_is_the_best_weights(straight):
     for run in straight.values():
-        best = min((line["val/loss"], line["step"]) for line in metrics_of(run) if "val/loss" in line)
+        best = min(
+            (line["val/loss"], line["step"]) for line in read_metrics(run / "metrics.jsonl") if "val/loss" in line
+        )
         assert result_checkpoint(run / "checkpoints").name == f"step_{best[1]:08d}"
         assert f"| val/loss | {best[0]:.6g} |" in (run / "export" / "README.md").read_text()
 
